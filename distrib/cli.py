@@ -1,0 +1,230 @@
+"""Command line and YAML to a Config: defaults, then ``extends:``, then the file, then dotted ``key=value``.
+
+Every mistake becomes one ``UserError`` line that names the key, the file and line, and the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from distrib.config import Config, UserError
+
+DEFAULT_CONFIG = "configs/resnet50.yaml"
+REFERENCE = re.compile(r"\$\{([^${}]+)\}")
+# The one place where an unset variable may stand: what reads it says what to set, and a synthetic run never does.
+MAY_STAY_UNSET = "data.root"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, but ``1e-3`` is a number: YAML 1.1 wants a dot and a signed exponent, nobody writes those."""
+
+
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+@dataclass
+class _Source:
+    """Raw values and, for each dotted key, where it was written."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    where: dict[str, str] = field(default_factory=dict)
+
+    def update(self, other: _Source) -> None:
+        _merge(self.values, other.values)
+        self.where.update(other.where)
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    """``train.py``'s arguments; ``overrides`` are the ``key=value`` words."""
+    parser = argparse.ArgumentParser(
+        prog="train.py", description="Train a ResNet. The same command again continues the run.", allow_abbrev=False
+    )
+    parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="FILE", help="default: %(default)s")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.epochs=100 optim.lr=0.5")
+    return parser.parse_intermixed_args(list(argv))
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads, merges, checks and resolves a configuration.
+
+    Raises:
+        UserError: one line naming the key or file that is wrong and the way out.
+    """
+    source = _read_file(Path(path), ())
+    for word in overrides:
+        source.update(_read_override(word))
+    config = _validate(source.values, source.where)
+    return _validate(_resolve(config), source.where)
+
+
+def dump_config(config: Config) -> str:
+    """The configuration as YAML that ``load_config`` reads back to an equal Config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> None:
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            _merge(base[key], value)
+        else:
+            base[key] = value
+
+
+def _read_file(path: Path, seen: tuple[Path, ...]) -> _Source:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        named_by = f" (extended by {seen[-1]})" if seen else ""
+        raise UserError(f"cannot read configuration {path}{named_by}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a UTF-8 text file") from None
+    values, where = _parse(text, str(path))
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a configuration is a mapping of parts (run:, model:, data:, …)")
+    base = values.pop("extends", None)
+    if base is None:
+        return _Source(values, where)
+    if not isinstance(base, str):
+        raise UserError(f"extends: takes one file name, got {base!r} ({where['extends']})")
+    if path.resolve() in [p.resolve() for p in seen]:
+        raise UserError(f"{path}: extends itself, by way of {seen[-1]}")
+    source = _read_file(path.parent / base, (*seen, path))
+    source.update(_Source(values, where))
+    return source
+
+
+def _parse(text: str, name: str) -> tuple[Any, dict[str, str]]:
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None, {}
+        where: dict[str, str] = {}
+        _locate(node, "", name, where)
+        return loader.construct_document(node), where
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{name}{line}: not valid YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
+    finally:
+        loader.dispose()
+
+
+def _locate(node: yaml.Node, prefix: str, name: str, where: dict[str, str]) -> None:
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key_node, value_node in node.value:
+        key = f"{prefix}{key_node.value}"
+        place = f"{name}:{key_node.start_mark.line + 1}"
+        if key in where:
+            raise UserError(f"{key} stands twice: {where[key]} and {place}")
+        where[key] = place
+        _locate(value_node, f"{key}.", name, where)
+
+
+def _read_override(word: str) -> _Source:
+    key, equals, text = word.partition("=")
+    if not equals or not key:
+        raise UserError(f"{word!r} is not key=value (a configuration file goes behind --config)")
+    value, inner = _parse(text, "command line")
+    where = {key: "command line"} | {f"{key}.{k}": "command line" for k in inner}
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return _Source(value, where)
+
+
+def _validate(values: dict[str, Any], where: dict[str, str]) -> Config:
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_explain(error, where)) from None
+
+
+def _explain(error: ValidationError, where: dict[str, str]) -> str:
+    errors = error.errors(include_url=False)
+    first = errors[0]
+    key = ".".join(str(part) for part in first["loc"])
+    place = _place(key, where)
+    if first["type"] == "extra_forbidden":
+        message = f"unknown key {key}{place}{_nearest(key)}"
+    elif first["type"] == "value_error":  # from a cross-check: its text names the keys
+        text = str(first["ctx"]["error"])
+        message = text + next((_place(k, where) for k in re.findall(r"\w+\.\w+", text) if _place(k, where)), place)
+    else:
+        message = f"{key}: {first['msg'][:1].lower()}{first['msg'][1:]}, got {first['input']!r}{place}"
+    return message + (f" (and {len(errors) - 1} more)" if len(errors) > 1 else "")
+
+
+def _place(key: str, where: dict[str, str]) -> str:
+    below = next((place for k, place in where.items() if k.startswith(f"{key}.")), None)
+    while key:
+        if key in where:
+            return f" ({where[key]})"
+        key = key.rpartition(".")[0]
+    return f" ({below})" if below else ""
+
+
+def valid_keys(part: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Every dotted key that a configuration may hold, parts included."""
+    keys = []
+    for name, info in part.model_fields.items():
+        keys.append(prefix + name)
+        for kind in (info.annotation, *get_args(info.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                keys += valid_keys(kind, f"{prefix}{name}.")
+    return keys
+
+
+def _nearest(key: str) -> str:
+    names = valid_keys()
+    leaf = key.rpartition(".")[2]
+    same_leaf = [name for name in names if name.rpartition(".")[2] == leaf]
+    close = same_leaf if len(same_leaf) == 1 else difflib.get_close_matches(key, names, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else "; `--print-config` shows the valid ones"
+
+
+def _resolve(config: Config) -> dict[str, Any]:
+    """Replaces ``${run.name}`` by that key's value and ``${HOME}`` by the environment's."""
+    values = config.model_dump()
+
+    def look_up(dotted: str) -> Any:
+        value: Any = values
+        for name in dotted.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        return value
+
+    def replace(text: str, key: str) -> str:
+        def one(match: re.Match[str]) -> str:
+            name = match[1]
+            value = look_up(name) if "." in name else os.environ.get(name)
+            if isinstance(value, str | int | float) and value != "":
+                return str(value)
+            if key == MAY_STAY_UNSET and "." not in name:
+                return match[0]
+            what = "no such key with a value" if "." in name else f"set the environment variable {name}"
+            raise UserError(f"{key}: cannot resolve {match[0]} in {text!r}: {what}")
+
+        return REFERENCE.sub(one, text)
+
+    def walk(value: Any, key: str) -> Any:
+        if isinstance(value, dict):
+            return {name: walk(inner, f"{key}.{name}" if key else name) for name, inner in value.items()}
+        return replace(value, key) if isinstance(value, str) else value
+
+    return walk(values, "")
