@@ -1,0 +1,74 @@
+"""Stopping: signals only set a flag, all ranks agree on the step, and the exit code says how a run ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+FINISHED, FAILED, USER_ERROR = 0, 1, 2
+STOPPED = 75  # EX_TEMPFAIL: stopped on request with everything saved, start me again
+
+# What Slurm, submitit, torchrun and a terminal send when the time is up.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class RunFailed(Exception):
+    """The run cannot go on and it is not the user's fault; exit code 1, one line."""
+
+
+class StopSignals:
+    """Remembers the first stop signal. Saving inside a handler would run at any point of a step, so it only notes."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = self.received or signal.Signals(number).name
+
+
+class Agreement:
+    """Flags that any rank raises, seen by all ranks at the same call, without waiting for the device.
+
+    Each ``exchange`` posts this rank's flags on the gloo control group and returns what the ranks together posted at
+    the *previous* call: that all-reduce ran in the background during the step between, so the wait is short. All
+    ranks must call it equally often.
+    """
+
+    NAMES = ("stop", "save")
+
+    def __init__(self, group: Any = None) -> None:
+        self._group = group
+        self._flags = torch.zeros(len(self.NAMES), dtype=torch.int32)
+        self._work: Any = None
+
+    def exchange(self, *, stop: bool, save: bool = False) -> tuple[bool, bool]:
+        """Returns (stop, save): whether any rank asked for it."""
+        if self._group is None:
+            return stop, save
+        self.close()
+        agreed_stop, agreed_save = (bool(flag) for flag in self._flags.tolist())
+        self._flags = torch.tensor([stop, save], dtype=torch.int32)
+        self._work = dist.all_reduce(self._flags, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return agreed_stop, agreed_save
+
+    def close(self) -> None:
+        """Waits for the exchange that is under way, so that no rank leaves while another still needs it."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+
+
+def report_exit(code: int) -> int:
+    """Tells the launcher this rank's own exit code, which torchrun hides: it exits 1 whatever its workers said."""
+    path = os.environ.get("DISTRIB_EXIT_CODE_FILE")
+    if path:
+        with open(path, "a", encoding="ascii") as file:
+            file.write(f"{code}\n")
+    return code

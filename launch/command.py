@@ -1,0 +1,95 @@
+"""What to run and what its end means, as pure functions: torchrun's argv and environment, the workers' exit codes."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+FINISHED, FAILED, USER_ERROR = 0, 1, 2
+STOPPED = 75  # EX_TEMPFAIL: stopped on request with everything saved, start me again
+
+TRAIN = Path(__file__).resolve().parent.parent / "train.py"
+
+# The file to which each worker appends `RANK CODE MESSAGE` as it ends; torchrun tells a failure only as 1.
+EXIT_CODE_FILE = "DISTRIB_EXIT_CODE_FILE"
+
+# What torchrun hands on to the workers. By itself it dies of SIGUSR1 and SIGUSR2 and leaves the workers as orphans.
+SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One process to start: its words, and what its environment has more than ours."""
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+
+    def __str__(self) -> str:
+        """One line for a shell."""
+        return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in self.env.items()), shlex.join(self.argv)])
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one worker said as it ended."""
+
+    code: int
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the run ended: our exit code, and a line for the user."""
+
+    code: int
+    message: str = ""
+
+
+def build_torchrun(
+    procs: int, config: str, overrides: Sequence[str], environ: Mapping[str, str], cores: int, train: Path = TRAIN
+) -> Command:
+    """torchrun for ``procs`` workers on this machine. What ``environ`` already says about torchrun is kept."""
+    ours = {
+        "OMP_NUM_THREADS": str(max(1, cores // procs)),  # torchrun would say 1
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # or restarted workers meet the old store: pytorch #135712
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",  # seconds from a signal to SIGKILL; a save must fit
+    }
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={procs}"]
+    argv += [f"--signals-to-handle={','.join(SIGNALS)}", str(train), "--config", config, *overrides]
+    return Command(tuple(argv), {name: value for name, value in ours.items() if name not in environ})
+
+
+def read_reports(text: str) -> dict[int, Report]:
+    """The last report of each rank; lines of another form are passed over."""
+    reports = {}
+    for line in text.splitlines():
+        rank, _, rest = line.partition(" ")
+        code, _, message = rest.partition(" ")
+        if rank.isdecimal() and code.isdecimal():
+            reports[int(rank)] = Report(int(code), message.strip())
+    return reports
+
+
+def judge(returncode: int, reports: Mapping[int, Report], procs: int, forwarded: int | None = None) -> Outcome:
+    """Our exit code, from torchrun's, the workers' reports and the number of the signal that was ``forwarded``.
+
+    When one rank fails torchrun ends the others by SIGTERM, and those may well say 75: only all ranks together can.
+    """
+    codes = [report.code for report in reports.values()]
+    if returncode == 0:
+        return Outcome(FINISHED)
+    if USER_ERROR in codes:
+        said = next((report.message for report in reports.values() if report.code == USER_ERROR and report.message), "")
+        return Outcome(USER_ERROR, f"error: {said or 'the configuration or the data is wrong, see above'}")
+    saved = len(codes) == procs and STOPPED in codes and set(codes) <= {FINISHED, STOPPED}
+    # torchrun takes its signals over before it starts a worker: where one killed it, nothing had begun.
+    unborn = forwarded is not None and returncode == -forwarded and not codes
+    if saved or unborn:
+        return Outcome(STOPPED, "stopped on request; the same command continues")
+    which = ", ".join(f"rank {rank}: {report.code}" for rank, report in sorted(reports.items()) if report.code)
+    said = next((report.message for report in reports.values() if report.code == FAILED and report.message), "")
+    reason = said or f"torchrun exited with {returncode}{f' ({which})' if which else ''}, the first error stands above"
+    return Outcome(FAILED, f"error: {reason}")
