@@ -26,13 +26,24 @@ MAY_STAY_UNSET = "data.root"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, but ``1e-3`` is a number: YAML 1.1 wants a dot and a signed exponent, nobody writes those."""
+    """YAML's safe loader, but ``1e-3`` is a number: YAML 1.1 wants a dot and a signed exponent, nobody writes those.
+
+    And ``2026-03-01`` is text, as in ``run.name=2026-03-01``: nothing here takes a date.
+    """
 
 
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes the text that ``_Loader`` would read as a number."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.yaml_implicit_resolvers = {
+        first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+    )
 
 
 @dataclass
@@ -73,7 +84,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def dump_config(config: Config) -> str:
     """The configuration as YAML that ``load_config`` reads back to an equal Config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> None:
@@ -87,11 +98,12 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> None:
 def _read_file(path: Path, seen: tuple[Path, ...]) -> _Source:
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        named_by = f" (extended by {seen[-1]})" if seen else ""
-        raise UserError(f"cannot read configuration {path}{named_by}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a UTF-8 text file") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        named_by = f" (extended by {seen[-1]})" if seen else ""
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"cannot read configuration {path}{named_by}: {reason}") from None
     values, where = _parse(text, str(path))
     values = {} if values is None else values
     if not isinstance(values, dict):
@@ -100,7 +112,7 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> _Source:
     if base is None:
         return _Source(values, where)
     if not isinstance(base, str):
-        raise UserError(f"extends: takes one file name, got {base!r} ({where['extends']})")
+        raise UserError(f"extends: takes one file name, got {base!r}{_place('extends', where)}")
     if path.resolve() in [p.resolve() for p in seen]:
         raise UserError(f"{path}: extends itself, by way of {seen[-1]}")
     source = _read_file(path.parent / base, (*seen, path))
@@ -109,8 +121,9 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> _Source:
 
 
 def _parse(text: str, name: str) -> tuple[Any, dict[str, str]]:
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None, {}
@@ -122,8 +135,13 @@ def _parse(text: str, name: str) -> tuple[Any, dict[str, str]]:
         raise UserError(f"{name}{line}: not valid YAML: {error.problem}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:  # 0x_ looks like a number to YAML and is none
+        raise UserError(f"{name}: not valid YAML: {error}") from None
+    except RecursionError:
+        raise UserError(f"{name}: nested too deeply, or an alias inside its own anchor") from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def _locate(node: yaml.Node, prefix: str, name: str, where: dict[str, str]) -> None:
@@ -209,10 +227,14 @@ def _resolve(config: Config) -> dict[str, Any]:
             value = value.get(name) if isinstance(value, dict) else None
         return value
 
-    def replace(text: str, key: str) -> str:
+    def replace(text: str, key: str, seen: tuple[str, ...]) -> str:
         def one(match: re.Match[str]) -> str:
             name = match[1]
             value = look_up(name) if "." in name else os.environ.get(name)
+            if name in seen:
+                raise UserError(f"{seen[0]}: refers to itself, by way of {match[0]}")
+            if isinstance(value, str) and "." in name:  # another key's text may hold references too
+                value = replace(value, key, (*seen, name))
             if isinstance(value, str | int | float) and value != "":
                 return str(value)
             if key == MAY_STAY_UNSET and "." not in name:
@@ -225,6 +247,6 @@ def _resolve(config: Config) -> dict[str, Any]:
     def walk(value: Any, key: str) -> Any:
         if isinstance(value, dict):
             return {name: walk(inner, f"{key}.{name}" if key else name) for name, inner in value.items()}
-        return replace(value, key) if isinstance(value, str) else value
+        return replace(value, key, (key,)) if isinstance(value, str) else value
 
     return walk(values, "")

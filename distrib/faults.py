@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from types import FrameType
 from typing import Any
-
-import torch
-import torch.distributed as dist
 
 FINISHED, FAILED, USER_ERROR = 0, 1, 2
 STOPPED = 75  # EX_TEMPFAIL: stopped on request with everything saved, start me again
@@ -22,15 +20,22 @@ class RunFailed(Exception):
 
 
 class StopSignals:
-    """Remembers the first stop signal. Saving inside a handler would run at any point of a step, so it only notes."""
+    """Remembers the first stop signal. Saving inside a handler would run at any point of a step, so it only notes.
+
+    Who presses Ctrl-C again, a second later or more, gets Python's own way out, without a save.
+    """
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._since = 0.0
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = self.received or signal.Signals(number).name
+        if self.received is None:
+            self.received, self._since = signal.Signals(number).name, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._since > 1:
+            signal.default_int_handler(number, frame)
 
 
 class Agreement:
@@ -41,11 +46,11 @@ class Agreement:
     ranks must call it equally often.
     """
 
-    NAMES = ("stop", "save")
-
     def __init__(self, group: Any = None) -> None:
-        self._group = group
-        self._flags = torch.zeros(len(self.NAMES), dtype=torch.int32)
+        import torch  # here, not above: a run takes over its signals before torch's slow import
+
+        self._torch, self._group = torch, group
+        self._flags = torch.zeros(2, dtype=torch.int32)
         self._work: Any = None
 
     def exchange(self, *, stop: bool, save: bool = False) -> tuple[bool, bool]:
@@ -54,7 +59,8 @@ class Agreement:
             return stop, save
         self.close()
         agreed_stop, agreed_save = (bool(flag) for flag in self._flags.tolist())
-        self._flags = torch.tensor([stop, save], dtype=torch.int32)
+        dist = self._torch.distributed
+        self._flags = self._torch.tensor([stop, save], dtype=self._torch.int32)
         self._work = dist.all_reduce(self._flags, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         return agreed_stop, agreed_save
 
@@ -65,10 +71,10 @@ class Agreement:
             self._work = None
 
 
-def report_exit(code: int) -> int:
-    """Tells the launcher this rank's own exit code, which torchrun hides: it exits 1 whatever its workers said."""
+def report_exit(code: int, message: str = "") -> int:
+    """Tells the launcher how this rank ended, as a line "RANK CODE MESSAGE": torchrun says 1 for every failure."""
     path = os.environ.get("DISTRIB_EXIT_CODE_FILE")
     if path:
-        with open(path, "a", encoding="ascii") as file:
-            file.write(f"{code}\n")
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(f"{os.environ.get('RANK', 0)} {code} {' '.join(message.split())}\n")
     return code

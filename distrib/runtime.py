@@ -49,11 +49,58 @@ class Runtime:
             raise outcome[1]
         return outcome[0]
 
+    def on_main_only(self, call: Callable[[], T]) -> T | None:
+        """As ``on_main``, for a result that cannot travel: the other ranks get None."""
+        made: list[T] = []
+        self.on_main(lambda: made.append(call()))
+        return made[0] if made else None
+
+    def barrier(self) -> None:
+        """Waits until all ranks are here."""
+        if self.world > 1:
+            dist.barrier(group=self.control)
+
+    def main_first(self, call: Callable[[], T]) -> T:
+        """Runs ``call`` on rank 0, then on the first rank of each machine, then on the others.
+
+        What the first builds on a shared disk all others find, and on local disks the first of each machine builds.
+        """
+        self.on_main_only(call)
+        for turn in (True, False):
+            if (self.local_rank == 0) == turn:
+                result = call()
+            self.barrier()
+        return result
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sums ``tensor`` over all ranks, in place."""
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def sum_later(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Starts to sum ``tensor`` over all ranks and to bring it to the host; the returned call waits for it."""
+        work = dist.all_reduce(tensor, async_op=True) if self.world > 1 else None
+        if self.device.type != "cuda":
+
+            def wait() -> torch.Tensor:
+                if work is not None:
+                    work.wait()
+                return tensor
+
+            return wait
+        if work is not None:
+            work.wait()  # orders the copy behind the sum on the device; the host goes on
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host.copy_(tensor, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+
+        def wait_for_copy() -> torch.Tensor:
+            copied.synchronize()
+            return host
+
+        return wait_for_copy
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Stacks every rank's ``tensor`` of one shape [...] to [world, ...], in rank order, on every rank."""
@@ -102,3 +149,8 @@ def start() -> Runtime:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def is_main_process() -> bool:
+    """Whether this is rank 0, also before ``start``."""
+    return int(os.environ.get("RANK", 0)) == 0

@@ -58,6 +58,8 @@ def build_torchrun(
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",  # seconds from a signal to SIGKILL; a save must fit
     }
     argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={procs}"]
+    # Else the workers meet at the machine's own name, which a laptop may not resolve.
+    argv += ["--local-addr=localhost"]
     argv += [f"--signals-to-handle={','.join(SIGNALS)}", str(train), "--config", config, *overrides]
     return Command(tuple(argv), {name: value for name, value in ours.items() if name not in environ})
 

@@ -21,6 +21,8 @@ from distrib.data.loader import Batch
 from distrib.data.order import EvalPlan, Ids, Slice, TrainPlan
 from distrib.data.quarantine import Quarantine
 
+MIN_HEALTHY = 32  # if so many samples in a row fail alone, DALI or the disk is broken and not the images
+
 Feed = tuple[Any, ...]  # what one run of the graph is fed with: lists and arrays, one row a sample
 
 
@@ -48,7 +50,7 @@ def _eval_graph(source: Any, size: int, decoder: str) -> Any:
     files, resized, top_left = fn.external_source(source=source, num_outputs=3, batch=True)
     images = fn.decoders.image(fn.io.file.read(files), device=decoder, adjust_orientation=False)
     images = fn.resize(images, size=resized, interp_type=types.INTERP_LINEAR, antialias=True)
-    return fn.slice(images, fn.cast(top_left, dtype=types.INT32), shape=[size, size], axis_names="HW")
+    return fn.slice(images, start=fn.cast(top_left, dtype=types.INT32), shape=[size, size], axis_names="HW")
 
 
 class _Feeder:
@@ -180,20 +182,24 @@ class DaliLoader:
         return pipeline
 
     def _name_bad(self, feeder: _Feeder) -> bool:
-        """Runs the same graph on each sample in flight alone and quarantines those it cannot read."""
-        known = len(feeder.bad)
+        """Runs the same graph on each sample in flight alone and quarantines those it cannot read; False for none."""
+        tried, failed = 0, []
         for part, ids in feeder.pending:
             for row, sample in enumerate(ids.tolist()):
                 one = Slice(part.epoch, part.positions[row : row + 1], ids[row : row + 1])
+                tried += 1
                 try:
                     self._pipeline(feeder, iter([feeder.feed(one, one.ids)]), 1).run()
                 except RuntimeError as error:
-                    feeder.bad.add(sample, feeder.index.path(sample), _reason(error))
-        return len(feeder.bad) > known
+                    failed.append((sample, _reason(error)))
+                if tried == len(failed) == MIN_HEALTHY:
+                    return False  # not one of so many could be read: the graph is at fault, not the files
+        for sample, reason in failed:
+            feeder.bad.add(sample, feeder.index.path(sample), reason)
+        return bool(failed)
 
 
 def _reason(error: RuntimeError) -> str:
-    """The line of DALI's report that says what is wrong, without its stack."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = [line for line in lines if not line.startswith(("Error in", "Stacktrace", "[frame", "Current pipeline"))]
-    return (said or lines or ["DALI cannot read it"])[0][:300]
+    """What DALI encountered, in one line, without the graph's and the library's stacks."""
+    told = str(error).partition("encountered:")[2] or str(error)
+    return next((line.strip() for line in told.splitlines() if line.strip()), "DALI cannot read it")[:300]

@@ -130,7 +130,12 @@ def write_index(
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=".index-", dir=folder.parent))
-        arrays = {"paths": np.frombuffer(blob, dtype=np.uint8), "offsets": offsets, "labels": labels, "sizes": sizes}
+        arrays: dict[str, npt.NDArray[Any]] = {
+            "paths": np.frombuffer(blob, dtype=np.uint8),
+            "offsets": offsets,
+            "labels": labels,
+            "sizes": sizes,
+        }
         for name, array in arrays.items():
             np.save(work / f"{name}.npy", array)
         (work / "meta.json").write_text(json.dumps(meta), encoding="utf-8")

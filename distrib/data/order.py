@@ -122,7 +122,8 @@ class EvalPlan:
     @property
     def rounds(self) -> int:
         """Batches of the busiest rank; every rank counts so many, so that all can agree after each."""
-        return -(-(-(-self.images // self.batch)) // self.world)
+        batches = -(-self.images // self.batch)
+        return -(-batches // self.world)
 
     def slices(self) -> list[Slice]:
         """This rank's batches, in order; at most ``rounds``."""

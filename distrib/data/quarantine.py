@@ -51,14 +51,16 @@ class Quarantine:
             with self._path.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(entry) + "\n")
         if len(self._bad) == self.count:
-            raise UserError(f"none of the {self.count} images in {file.parent.parent} can be read")
+            message = f"none of the {self.count} images in {file.parent.parent} can be read"
+            self._notify(message)  # on any rank: the others may be fine still
+            raise UserError(message)
 
     def replace(self, ids: Ids) -> Ids:
         """``ids`` with each bad one replaced; the same array where none is."""
         if not self._bad or not any(int(sample) in self._bad for sample in ids):
             return ids
         replaced = ids.copy()
-        for k, sample in enumerate(ids):
+        for k in range(len(ids)):
             while int(replaced[k]) in self._bad:
                 replaced[k] = (replaced[k] + 1) % self.count
         return replaced

@@ -1,0 +1,87 @@
+"""Evaluation that counts every image exactly once, at any world size."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from distrib.data.loader import Batch
+from distrib.data.order import EvalPlan
+from distrib.engine.prepare import Objective
+from distrib.engine.state import Weights
+from distrib.faults import Agreement, StopSignals
+from distrib.runtime import Runtime
+
+
+class Evaluator:
+    """Runs the networks it is given on the validation images, all of them in one pass over the data.
+
+    It works on copies of the network, so that training's own weights and statistics are not touched: an evaluation
+    that is broken off and repeated after a restart leaves the run as it was.
+    """
+
+    def __init__(self, objective: Objective, names: list[str], compile_: bool) -> None:
+        self._copies = {name: copy.deepcopy(objective).eval().requires_grad_(False) for name in names}
+        self._calls: dict[str, Any] = {
+            name: torch.compile(net.logits, dynamic=False) if compile_ else net.logits
+            for name, net in self._copies.items()
+        }
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        weights: Weights,
+        batches: Iterator[Batch],
+        plan: EvalPlan,
+        runtime: Runtime,
+        agreement: Agreement,
+        stop: StopSignals,
+    ) -> dict[str, float] | None:
+        """Returns top1 and top5 in percent, loss and images, and the same for the EMA as ema_…; None if stopped.
+
+        All ranks count the busiest rank's rounds, to agree after each on whether somebody asked to stop. A short
+        batch is filled up: one shape for the compiler, and the arithmetic of a sample never depends on the world size.
+        """
+        began = time.monotonic()
+        for name, net in self._copies.items():
+            net.network.load_state_dict(weights[name])
+        # Counts are exact in float64 up to 2^53; one tensor, so one reduction.
+        sums = {name: torch.zeros(4, dtype=torch.float64, device=runtime.device) for name in self._copies}
+        for _ in range(plan.rounds):
+            batch = next(batches, None)
+            if batch is not None:
+                images, labels = _fill(batch, plan.batch)
+                for name, call in self._calls.items():
+                    sums[name] += _count(call(images), labels)
+            if agreement.exchange(stop=stop.received is not None)[0]:
+                return None
+        result: dict[str, float] = {}
+        for name, total in sums.items():
+            images_seen, top1, top5, loss = runtime.sum(total).tolist()
+            prefix = "" if name == "model" else f"{name}_"
+            result[f"{prefix}top1"] = 100 * top1 / max(images_seen, 1)
+            result[f"{prefix}top5"] = 100 * top5 / max(images_seen, 1)
+            result[f"{prefix}loss"] = loss / max(images_seen, 1)
+            result["images"] = int(images_seen)
+        return result | {"seconds": time.monotonic() - began}
+
+
+def _fill(batch: Batch, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    missing = size - len(batch.labels)
+    if missing == 0:
+        return batch.images, batch.labels
+    images = torch.cat([batch.images, batch.images[:1].expand(missing, -1, -1, -1)])
+    return images.contiguous(memory_format=torch.channels_last), F.pad(batch.labels, (0, missing), value=-1)
+
+
+def _count(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """[images, right at first, right among five, summed loss] over the labels that are not -1, float64 [4]."""
+    valid = labels >= 0
+    found = logits.topk(min(5, logits.shape[1])).indices == labels.unsqueeze(1)
+    loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="none").double()
+    return torch.stack([valid.sum(), found[:, 0].sum(), found.sum(), loss.sum()]).double()

@@ -1,0 +1,91 @@
+"""All that the next step depends on, captured from and restored to one place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from distrib.optim.ema import Ema
+from distrib.runtime import Runtime
+
+Weights = dict[str, dict[str, torch.Tensor]]
+
+
+class TrainState:
+    """Model, optimizer, loss scaler and EMA of a rank.
+
+    Weights are equal on all ranks; batch-norm statistics are each rank's own. Who reads a model gets the mean of the
+    statistics over the ranks. A checkpoint holds that mean, under torchvision's keys, and beside it every rank's own:
+    on as many ranks each continues with its own, to the bit; on another number all continue with the mean.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        ema: Ema | None,
+        runtime: Runtime,
+    ) -> None:
+        self._model, self._optimizer, self._scaler, self._ema, self._runtime = model, optimizer, scaler, ema, runtime
+        statistics = [name for name, buffer in model.named_buffers() if buffer.is_floating_point()]
+        # Where each rank-local tensor stands: (which network, its key).
+        self._keys = [(which, name) for which in self._networks() for name in statistics]
+
+    def weights(self) -> Weights:
+        """State dicts of "model" and, where there is one, "ema", with averaged statistics. All ranks must call it."""
+        return self._with_statistics(self._gathered().mean(0))
+
+    def capture(self) -> dict[str, Any]:
+        """What a checkpoint holds of the training: tensors of the device, not copies. All ranks must call it."""
+        rows = self._gathered()
+        return {
+            **self._with_statistics(rows.mean(0)),
+            "statistics": rows,
+            "optimizer": self._optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+        }
+
+    @torch.no_grad()
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Continues from what ``capture`` returned, on any number of ranks."""
+        self._model.load_state_dict(saved["model"])
+        self._optimizer.load_state_dict(saved["optimizer"])
+        self._scaler.load_state_dict(saved["scaler"])
+        if self._ema is not None:  # an EMA that begins with this resume begins at the weights
+            self._ema.load_state_dict(saved.get("ema", saved["model"]))
+        rows = saved["statistics"]
+        if len(rows) == self._runtime.world and rows.shape[1] == self._flat().numel():
+            live = self._networks()
+            for (which, name), value in self._unpacked(rows[self._runtime.rank]).items():
+                live[which][name].copy_(value)
+
+    def _networks(self) -> Weights:
+        networks: Weights = {"model": self._model.state_dict()}
+        if self._ema is not None:
+            networks["ema"] = self._ema.state_dict()
+        return networks
+
+    def _flat(self) -> torch.Tensor:
+        live = self._networks()
+        tensors = [live[which][name].detach().reshape(-1) for which, name in self._keys]
+        return torch.cat(tensors) if tensors else torch.empty(0, device=self._runtime.device)
+
+    def _gathered(self) -> torch.Tensor:
+        """Every rank's statistics, [world, count]."""
+        return self._runtime.gather(self._flat())
+
+    def _unpacked(self, flat: torch.Tensor) -> dict[tuple[str, str], torch.Tensor]:
+        live = self._networks()
+        shapes = [live[which][name].shape for which, name in self._keys]
+        parts = flat.split([shape.numel() for shape in shapes])
+        return {key: part.view(shape) for key, part, shape in zip(self._keys, parts, shapes, strict=True)}
+
+    def _with_statistics(self, flat: torch.Tensor) -> Weights:
+        networks = {which: dict(state) for which, state in self._networks().items()}
+        for (which, name), value in self._unpacked(flat).items():
+            networks[which][name] = value
+        return networks

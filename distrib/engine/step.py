@@ -1,0 +1,59 @@
+"""One training step. Nothing in it waits for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from distrib.data.loader import Batch
+from distrib.optim.ema import Ema
+
+
+class TrainStep:
+    """Forward and backward over the step's slices, then optimizer and EMA.
+
+    Each image's loss counts 1 / global_batch, however the batch is cut into ranks and slices: DDP divides the
+    gradients by ``world``, so the summed loss of a slice is weighted with world / global_batch.
+    """
+
+    def __init__(
+        self,
+        call: Any,
+        ddp: Any,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        ema: Ema | None,
+        *,
+        world: int,
+        global_batch: int,
+        clip_grad_norm: float | None = None,
+    ) -> None:
+        self._call, self._ddp, self._optimizer, self._scaler, self._ema = call, ddp, optimizer, scaler, ema
+        self._weight = world / global_batch
+        self._clip = clip_grad_norm
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def __call__(self, batches: Sequence[Batch], step: int, lr: float) -> torch.Tensor:
+        """Trains step ``step``, counted from 0; returns this rank's summed loss, fp32 [] on the device."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        losses = []
+        for k, batch in enumerate(batches):
+            # Gradients are reduced once a step, in the last backward.
+            local_only = self._ddp is not None and k < len(batches) - 1
+            with self._ddp.no_sync() if local_only else nullcontext():
+                loss = self._call(batch.images, batch.labels)
+                self._scaler.scale(loss * self._weight).backward()
+            losses.append(loss.detach())
+        if self._clip is not None:
+            self._scaler.unscale_(self._optimizer)
+            torch.nn.utils.clip_grad_norm_(self._parameters, self._clip, foreach=True)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+        if self._ema is not None and (step + 1) % self._ema.every == 0:
+            self._ema.update()
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()

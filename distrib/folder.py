@@ -1,0 +1,110 @@
+"""A run is its folder: what lies in it, whether it can be continued, and what is written at the start and the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+from distrib.cli import dump_config
+from distrib.config import Config, UserError
+
+PACKAGES = ("distrib", "torch", "torchvision", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "wandb")
+# Another value would make a step mean something else: other images, another network.
+FIXED = ("model", "run.seed", "train.global_batch", "data.size")
+
+
+class RunFolder:
+    """Paths of a run folder and its small files."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+        self.bad_samples = self.path / "bad_samples.jsonl"
+        self.trace = self.path / "trace"
+        self._summary = self.path / "summary.json"
+
+    def write_config(self, config: Config) -> None:
+        """``config.yaml``: a header with versions, then what ``--config`` reads back to the same run."""
+        header = [
+            f"# {' '.join(sys.orig_argv)}",
+            f"# {', '.join(_versions())}, Python {platform.python_version()}, git {_git_revision()}",
+        ]
+        _replace(self.path / "config.yaml", "\n".join([*header, dump_config(config)]))
+
+    def write_summary(self, values: Mapping[str, Any]) -> None:
+        """``summary.json``: how the run ended."""
+        _replace(self._summary, json.dumps(dict(values), indent=2) + "\n")
+
+    def summary(self) -> dict[str, Any] | None:
+        """The last summary, or None."""
+        try:
+            return json.loads(self._summary.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+
+def check_resumable(
+    saved: Mapping[str, Any], config: Config, data: str, path: Path, notify: Callable[[str], None]
+) -> None:
+    """Refuses a checkpoint of another network, data set, seed or batch; says which other keys have changed.
+
+    Raises:
+        UserError: naming the key, both values and the way out.
+    """
+    old, new = _flatten(saved["config"]), _flatten(config.model_dump(mode="json"))
+    changed = {key: (old.get(key), new.get(key)) for key in sorted(old | new) if old.get(key) != new.get(key)}
+    for key, (before, now) in changed.items():
+        if any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED):
+            raise UserError(
+                f"{key} is {now}, but {path} was trained with {before}: set it back, or choose another run.name"
+            )
+    if saved["data"] != data:
+        raise UserError(
+            f"the images under data.root are not those that {path} was trained on (files were added, removed or "
+            "renamed): restore them, or choose another run.name"
+        )
+    told = [f"{key} {before} → {now}" for key, (before, now) in changed.items() if not key.startswith(("run.", "log."))]
+    if told:
+        notify(f"changed since {path.name}: {', '.join(told)}")
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _versions() -> list[str]:
+    return [f"{d.name} {d.version}" for d in distributions() if d.name in PACKAGES]
+
+
+def _git_revision() -> str:
+    """The commit of the code, with "+changes" where the tree differs from it."""
+    code = Path(__file__).resolve().parent.parent
+    try:
+        commands = (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        revision, changes = (
+            subprocess.run(["git", "-C", str(code), *c], capture_output=True, text=True, check=True, timeout=10).stdout
+            for c in commands
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return revision.strip() + ("+changes" if changes.strip() else "")
+
+
+def _replace(path: Path, text: str) -> None:
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, path)

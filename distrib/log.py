@@ -1,0 +1,441 @@
+"""What a run says: records of numbers and messages, to the console, to ``metrics.jsonl`` and to Weights & Biases.
+
+Rank 0 alone has sinks. The other ranks hold an empty ``Log``, so that no caller asks who it is.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import io
+import json
+import math
+import netrc
+import os
+import secrets
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, Literal, Protocol, TextIO
+from urllib.parse import urlsplit
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from distrib.config import WandbConfig
+
+Level = Literal["info", "warning", "error"]
+
+# W&B's own patience is 90 s for a start and endless for an end. The start's must end within the end's: a run that
+# finishes while it still waits for the server then has time to write its records offline.
+INIT_SECONDS = 20.0
+CLOSE_SECONDS = 30.0
+
+# The public server, which W&B calls by the first name since 0.31, and keys in old .netrc files by the second.
+SAME_SERVER = {"api.forge.coreweave.com": "api.wandb.ai"}
+
+# 80 columns hold these for 450360 steps and an ETA of two-digit hours: Slurm's files are read in plain terminals.
+TRAIN_FIELDS = (
+    ("epoch", "epoch {:.2f}"),
+    ("loss", "loss {:.3f}"),
+    ("lr", "lr {:.3g}"),
+    ("images_per_second", "{:.0f} img/s"),
+    ("data_wait", "wait {:.0%}"),
+)
+BAR_FIELDS = (*TRAIN_FIELDS[:-1], ("data_wait", "data wait {:.0%}"))  # below the bar there is room
+EVAL_FIELDS = (
+    ("epoch", "epoch {:.2f}"),
+    ("kind", "{}"),
+    ("top1", "top-1 {:.2f}%"),
+    ("top5", "top-5 {:.2f}%"),
+    ("loss", "loss {:.3f}"),
+    ("ema_top1", "EMA {:.2f}%"),
+)
+
+
+class Sink(Protocol):
+    """One place where the log goes."""
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        """Takes ``{"kind": "train" | "eval", "step": int, …}``."""
+
+    def message(self, text: str, level: Level = "info") -> None:
+        """Takes a sentence for a person."""
+
+    def close(self, exit_code: int) -> None:
+        """Lets go of files, threads and the terminal."""
+
+
+class Log:
+    """Hands everything to all sinks. A sink that raises is named once on the others and left out: no log ends a run.
+
+    Sinks close in reverse order, so the console goes first in the list and shows what the others say while closing.
+    """
+
+    def __init__(self, sinks: Sequence[Sink] = ()) -> None:
+        self._sinks = tuple(sinks)
+        self._working = self._sinks
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        """Numbers of one step or one evaluation."""
+        self._each(self._working, lambda sink: sink.record(record))
+
+    def message(self, text: str, level: Level = "info") -> None:
+        """A sentence for a person. Any thread may call it."""
+        self._each(self._working, lambda sink: sink.message(text, level))
+
+    def warning(self, text: str) -> None:
+        """A message that is marked as a warning."""
+        self.message(text, "warning")
+
+    def close(self, exit_code: int) -> None:
+        """Closes every sink, those left out too: they may hold the terminal or a file. A second call does nothing."""
+        sinks, self._sinks = self._sinks, ()
+        self._each(sinks[::-1], lambda sink: sink.close(exit_code))
+        self._working = ()
+
+    def _each(self, sinks: Sequence[Sink], action: Callable[[Sink], None]) -> None:
+        for sink in sinks:
+            self._try(sink, action)
+
+    def _try(self, sink: Sink, action: Callable[[Sink], None]) -> None:
+        try:
+            action(sink)
+        except Exception as error:
+            working = tuple(other for other in self._working if other is not sink)
+            if len(working) < len(self._working):
+                self._working = working
+                self.warning(f"{type(sink).__name__} failed, the run goes on without it: {_brief(error)}")
+
+
+class ConsoleSink:
+    """A progress bar on a terminal, with messages and evaluations above it; one plain line for each elsewhere."""
+
+    def __init__(self, total_steps: int, stream: TextIO | None = None) -> None:
+        self._total = total_steps
+        self._stream = sys.stdout if stream is None else stream
+        if isinstance(self._stream, io.TextIOWrapper):
+            self._stream.reconfigure(errors="replace")  # a locale without "×" must not cost the console
+        # The stream decides, not rich: it would colour a file where FORCE_COLOR is set.
+        fancy = self._stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._console = (
+            Console(file=self._stream, force_terminal=True, markup=False, emoji=False, highlight=False)
+            if fancy
+            else None
+        )
+        self._live: Live | None = None
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        """Moves the bar for a training record; an evaluation stays on the screen."""
+        train = record["kind"] == "train"
+        fields = _fields(record, TRAIN_FIELDS if train else EVAL_FIELDS)
+        if self._console is None:
+            eta = [f"ETA {_duration(record['eta_seconds'])}"] if "eta_seconds" in record else []
+            self._line(" ".join([f"{record['step']}/{self._total}", *fields, *eta]))
+        elif train:
+            self._show(self._console, record)
+        else:
+            self._console.print(Text("  ".join(fields), style="bold"))
+
+    def message(self, text: str, level: Level = "info") -> None:
+        """Prints the message, ``warning:`` or ``error:`` before it."""
+        mark = "" if level == "info" else f"{level}: "
+        if self._console is None:
+            self._line(mark + text)
+        else:
+            self._console.print(Text.assemble((mark, "bold red" if level == "error" else "bold yellow"), text))
+
+    def close(self, exit_code: int) -> None:
+        """Leaves the bar as it stands and gives the terminal back."""
+        live, self._live = self._live, None
+        if live is not None:
+            live.stop()
+
+    def _line(self, text: str) -> None:
+        self._stream.write(text + "\n")
+        self._stream.flush()
+
+    def _show(self, console: Console, record: Mapping[str, Any]) -> None:
+        if self._live is None:
+            # Without a refresh thread: what is shown changes with a record and at no other time. What else is printed
+            # goes above the bar, but a stderr that goes to a file keeps going there.
+            self._live = Live(
+                console=console,
+                auto_refresh=False,
+                redirect_stdout=self._stream is sys.stdout,
+                redirect_stderr=sys.stderr.isatty(),
+            )
+            self._live.start()
+            console.show_cursor(True)  # a killed run could not bring it back
+        step = record["step"]
+        bar = Table.grid(padding=(0, 2), expand=True)
+        bar.add_column(ratio=1)
+        for _ in range(3):
+            bar.add_column(no_wrap=True, justify="right")
+        eta = f"ETA {_duration(record.get('eta_seconds', math.nan))}"
+        share = f"{100 * step // max(self._total, 1)}%"
+        bar.add_row(ProgressBar(self._total, step), f"{step}/{self._total}", share, eta)
+        numbers = Text("  ".join(_fields(record, BAR_FIELDS)), no_wrap=True, overflow="ellipsis")
+        self._live.update(Group(bar, numbers), refresh=True)
+
+
+class JsonlSink:
+    """One JSON object a line, records only. NaN and infinities become null, which pandas reads as NaN again."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8")
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        """Appends the record; it is with the operating system when this returns."""
+        self._file.write(json.dumps(_jsonable(record), allow_nan=False) + "\n")
+        self._file.flush()
+
+    def message(self, text: str, level: Level = "info") -> None:
+        """Nothing: the file holds numbers."""
+
+    def close(self, exit_code: int) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def truncate_jsonl(path: Path, step: int) -> None:
+    """Drops the lines of later steps, and torn ones: a resumed run does their work again and logs it once.
+
+    A missing file is fine. The old file or the new one is there at any time, never half of one.
+    """
+    if not path.exists():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if _belongs(line, step)]
+    if kept == lines:
+        return
+    new = path.with_name(f"{path.name}.new")
+    with new.open("wb") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+
+
+def _belongs(line: bytes, step: int) -> bool:
+    try:
+        return line.endswith(b"\n") and json.loads(line)["step"] <= step
+    except (ValueError, TypeError, KeyError):
+        return False
+
+
+def new_run_id() -> str:
+    """An id for W&B: short, and safe in a file name and in a URL."""
+    return secrets.token_hex(4)
+
+
+class WandbSink:
+    """Weights & Biases. A thread does all that may wait for a network; the caller only fills a queue.
+
+    Whatever goes wrong is told to ``notify`` and the run goes on; without a key or a server W&B writes offline. The
+    same ``run_id`` again continues the W&B run, which keeps the steps it has: those that a resumed run repeats are
+    not logged twice. ``WANDB_MODE`` wins over ``cfg.mode``.
+    """
+
+    def __init__(
+        self,
+        cfg: WandbConfig,
+        run_id: str,
+        run_name: str,
+        run_dir: Path,
+        config: dict[str, Any],
+        notify: Callable[[str], None],
+    ) -> None:
+        named = os.environ.get("WANDB_MODE") or cfg.mode
+        self._mode = {"run": "online", "dryrun": "offline"}.get(named, named)
+        if self._mode not in ("online", "offline", "disabled"):
+            notify(f"W&B: WANDB_MODE={named} is not online, offline or disabled; it stays {cfg.mode}")
+            self._mode = cfg.mode
+        self._notify = notify
+        self._thread: threading.Thread | None = None
+        self._over = False  # nobody reads the queue any more
+        if self._mode == "disabled":
+            return
+        # W&B's reports about itself wait for its server for up to 20 s when the process exits.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        try:
+            # Not in the thread: a data loader that forks during an import inherits locks that nobody opens.
+            import wandb
+        except ImportError as error:
+            notify(f"W&B is off: {_brief(error)}")
+            return
+        self._wandb: Any = wandb
+        # W&B writes to /tmp, without a word, where the directory is missing.
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._upload = f"wandb sync {run_dir / 'wandb'}/offline-run-*"
+        self._run_args = {
+            "project": cfg.project,
+            "entity": cfg.entity,
+            "id": run_id,
+            "name": run_name,
+            "dir": str(run_dir),
+            "config": config,
+            "resume": "allow",
+        }
+        # SimpleQueue: its put() may interrupt itself, as it does when a signal handler logs.
+        self._queue: SimpleQueue[dict[str, Any] | int] = SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        self._thread.start()
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        """Queues the record."""
+        if self._thread is not None and not self._over:
+            self._queue.put(dict(record))
+
+    def message(self, text: str, level: Level = "info") -> None:
+        """Nothing: W&B gets numbers."""
+
+    def close(self, exit_code: int) -> None:
+        """Waits until W&B has everything, for at most ``CLOSE_SECONDS``. A second call does nothing."""
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        atexit.unregister(self.close)
+        self._queue.put(exit_code)
+        thread.join(CLOSE_SECONDS)
+        if thread.is_alive():
+            self._over = True
+            self._kill_service()  # or Python waits for it at exit, without end
+            thread.join(2)
+            self._notify(f"W&B: given up after {CLOSE_SECONDS:.0f} s; to upload the rest: {self._upload}")
+
+    def _work(self) -> None:
+        try:
+            run = self._start()
+            restarted = False
+            while True:
+                item = self._queue.get()
+                try:
+                    self._hand_over(run, item)
+                except Exception:
+                    # W&B's service process is in its own session, out of reach of torchrun's and the terminal's
+                    # signals. But Slurm sends SIGTERM to every process of a job, and the service dies of it.
+                    if restarted or self._over:
+                        raise
+                    restarted = True
+                    self._reset()
+                    run = self._start()
+                    self._hand_over(run, item)
+                if isinstance(item, int):
+                    break
+        except Exception as error:
+            if not self._over:
+                self._over = True
+                self._notify(f"W&B failed, the run goes on without it: {_brief(error)}")
+            self._reset()
+        else:
+            self._over = True
+            self._tear_down()
+
+    def _start(self) -> Any:
+        try:
+            return self._init()
+        except Exception as error:
+            if self._mode == "offline" or self._over:
+                raise
+            self._go_offline(_brief(error))
+            self._reset()  # the service holds on to the run id and would refuse it
+            return self._init()
+
+    def _init(self) -> Any:
+        settings = self._wandb.Settings(console="off", silent=True, init_timeout=INIT_SECONDS)
+        session = self._wandb.setup(settings=self._wandb.Settings(silent=True)).settings
+        if self._mode == "online" and not getattr(session, "identity_token_file", None):
+            settings.api_key = _api_key(session)  # given by hand, W&B never asks for it
+            if settings.api_key is None:
+                self._go_offline(f"no API key for {session.base_url} (`wandb login`, or set WANDB_API_KEY)")
+        hooks = sys.excepthook, sys.exit
+        try:
+            run = self._wandb.init(**self._run_args, mode=self._mode, settings=settings)
+        finally:  # W&B wraps both to learn an exit code, which close() is told; each start adds a printed traceback
+            sys.excepthook, sys.exit = hooks
+        online = "--include-online " if self._mode == "online" else ""
+        self._upload = f"wandb sync {online}{run.settings.sync_dir}"
+        # W&B's own exit handler would wait for uploads without end; the handler that comes last runs first.
+        atexit.unregister(self.close)
+        atexit.register(self.close, 1)
+        for kind in ("train", "eval"):
+            run.define_metric(f"{kind}/*", step_metric="step")
+        run.define_metric("eval/top1", step_metric="step", summary="max")
+        return run
+
+    def _go_offline(self, reason: str) -> None:
+        self._mode = "offline"
+        self._notify(f"W&B: {reason}; writing offline, to upload: {self._upload}")
+
+    def _hand_over(self, run: Any, item: dict[str, Any] | int) -> None:
+        if isinstance(item, int):
+            run.finish(exit_code=item)
+            return
+        shared = {key: item[key] for key in ("step", "epoch") if key in item}
+        kind = item["kind"]
+        named = {f"{kind}/{key}": value for key, value in item.items() if key not in ("kind", "step", "epoch")}
+        run.log(shared | named, step=item["step"])
+
+    def _reset(self) -> None:
+        self._kill_service()
+        self._tear_down()
+
+    def _kill_service(self) -> None:
+        # What W&B has not yet sent stays in its folder: the service writes there each 15 s.
+        with contextlib.suppress(Exception):  # W&B has no public name for its process
+            process = self._wandb.setup()._connection._proc._process
+            process.kill()
+            process.wait()
+
+    def _tear_down(self) -> None:
+        with contextlib.suppress(Exception, SystemExit):  # it exits with the service's code, and complains of its death
+            self._wandb.teardown()
+
+
+def _api_key(session: Any) -> str | None:
+    if session.api_key:
+        return str(session.api_key)
+    url = urlsplit(session.base_url)
+    try:
+        file = netrc.netrc(Path(os.environ.get("NETRC") or "~/.netrc").expanduser())
+    except (OSError, netrc.NetrcParseError):
+        return None
+    for name in (url.netloc, url.hostname, SAME_SERVER.get(url.netloc)):
+        if name and (entry := file.authenticators(name)):
+            return entry[2] or None
+    return None
+
+
+def _fields(record: Mapping[str, Any], fields: Sequence[tuple[str, str]]) -> list[str]:
+    return [text.format(record[key]) for key, text in fields if record.get(key) is not None]
+
+
+def _duration(seconds: float) -> str:
+    if seconds is None or not math.isfinite(seconds):
+        return "-:--:--"
+    minutes, second = divmod(round(max(seconds, 0)), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{second:02}"
+
+
+def _brief(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def _jsonable(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(inner) for inner in value]
+    return _jsonable(value.item()) if hasattr(value, "item") else str(value)  # numpy's and torch's numbers

@@ -1,0 +1,143 @@
+"""What training measures of itself: sums that stay on the device, and the time that steps spend waiting for data."""
+
+from __future__ import annotations
+
+import json
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distrib.data import Batch, TrainPlan
+from distrib.data.draws import draws
+from distrib.runtime import Runtime
+
+
+class TrainMeter:
+    """Collects an interval's loss and times, and reads them one interval later, when the device has long been there.
+
+    ``resume`` starts the clock; time that passes between ``pause`` and ``resume`` (evaluation) is not counted.
+    """
+
+    def __init__(self, runtime: Runtime, plan: TrainPlan, total_steps: int, before: float = 0.0) -> None:
+        self._runtime, self._plan, self._total = runtime, plan, total_steps
+        self._before = before  # seconds trained by earlier starts of this run
+        self._loss = torch.zeros((), dtype=torch.float64, device=runtime.device)
+        self._posted: Callable[[], dict[str, Any]] | None = None
+        self._steps = self._all_steps = 0
+        self._wait = self._busy = self._all_busy = 0.0
+        self._mark = time.perf_counter()
+
+    def fetch(self, stream: Iterator[Batch]) -> list[Batch]:
+        """Takes a step's batches from the loader and notes how long that kept the step waiting."""
+        began = time.perf_counter()
+        batches = [next(stream) for _ in range(self._plan.accumulation)]
+        self._wait += time.perf_counter() - began
+        return batches
+
+    def add(self, loss: torch.Tensor) -> None:
+        """Counts one step with this rank's summed loss."""
+        self._loss += loss
+        self._steps += 1
+        self.pause()
+
+    def pause(self) -> None:
+        """Counts the time up to now."""
+        now = time.perf_counter()
+        self._busy += now - self._mark
+        self._mark = now
+
+    def resume(self) -> None:
+        """Counts time from now on."""
+        self._mark = time.perf_counter()
+
+    def close_interval(self, step: int, lr: float) -> list[dict[str, Any]]:
+        """Ends the interval at ``step``; returns the record of the one before, if any. All ranks must call it."""
+        records = self._posted_records()
+        images = self._steps * self._plan.global_batch
+        known = {
+            "kind": "train",
+            "step": step,
+            "epoch": step / self._plan.steps_per_epoch,
+            "lr": lr,
+            "images_per_second": images / self._busy,
+            "seconds": self.seconds,
+            "eta_seconds": (self._total - step) * self._busy / self._steps,
+        }
+        waited = torch.tensor(self._wait / self._busy, dtype=torch.float64).to(self._runtime.device, non_blocking=True)
+        read = self._runtime.sum_later(torch.stack([self._loss / images, waited / self._runtime.world]))
+
+        def resolve() -> dict[str, Any]:
+            loss, wait = read().tolist()
+            return {**known, "loss": loss, "data_wait": wait}
+
+        self._posted = resolve
+        self._all_steps, self._all_busy = self._all_steps + self._steps, self._all_busy + self._busy
+        self._loss = torch.zeros_like(self._loss)
+        self._steps, self._wait, self._busy = 0, 0.0, 0.0
+        return records
+
+    def flush(self, step: int, lr: float) -> list[dict[str, Any]]:
+        """The records that are still to come, at the end. All ranks must call it."""
+        records = self.close_interval(step, lr) if self._steps else []
+        return records + self._posted_records()
+
+    def _posted_records(self) -> list[dict[str, Any]]:
+        posted, self._posted = self._posted, None
+        return [posted()] if posted is not None else []
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training so far, over all starts of the run."""
+        return self._before + self._all_busy + self._busy
+
+    @property
+    def images_per_second(self) -> float:
+        """Over all steps since this start, all ranks together; 0 before the first step."""
+        steps, busy = self._all_steps + self._steps, self._all_busy + self._busy
+        return steps * self._plan.global_batch / busy if steps else 0.0
+
+
+class SaveTimer:
+    """Says when ``minutes`` have passed since the last save; never, for None."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self._minutes = minutes
+        self.restart()
+
+    def restart(self) -> None:
+        """A save has begun."""
+        self._since = time.monotonic()
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time."""
+        return self._minutes is not None and time.monotonic() - self._since >= 60 * self._minutes
+
+
+class Trace:
+    """``trace/rank_00000.jsonl``: what each step really saw, for comparing runs bit by bit. It waits for the device."""
+
+    def __init__(self, folder: Path, plan: TrainPlan) -> None:
+        self._plan = plan
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = (folder / f"rank_{plan.rank:05d}.jsonl").open("a", encoding="utf-8")
+
+    def step(self, step: int, batches: Sequence[Batch], loss: torch.Tensor) -> None:
+        """Writes {"step", "ids", "draws", "loss"}: this rank's samples, a checksum of each one's draws, summed loss."""
+        checksums = [
+            zlib.crc32(row.tobytes())
+            for part in self._plan.slices(step - 1)
+            for row in draws(self._plan.seed, part.epoch, part.positions)
+        ]
+        ids = [sample for batch in batches for sample in batch.ids.tolist()]
+        line = {"step": step, "ids": ids, "draws": checksums, "loss": float(loss).hex()}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()

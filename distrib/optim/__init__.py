@@ -1,0 +1,44 @@
+"""Optimizer, schedule and moving average, each built from its own part of the configuration."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from distrib.config import OptimConfig
+from distrib.optim.ema import Ema
+from distrib.optim.schedule import build_schedule
+
+__all__ = ["Ema", "build_optimizer", "build_schedule", "peak_lr"]
+
+
+def peak_lr(cfg: OptimConfig, global_batch: int) -> float:
+    """The learning rate after warm-up: ``cfg.lr`` scaled from the recipe's batch to this run's.
+
+    Linear: Goyal et al. 2017, arXiv 1706.02677, section 2.1. Square root: Krizhevsky 2014, arXiv 1404.5997.
+    """
+    growth = global_batch / cfg.reference_batch
+    return cfg.lr * {"linear": growth, "sqrt": growth**0.5, "none": 1.0}[cfg.scaling]
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Weights of convolutions and linear layers decay; vectors (norms, biases) do not (He et al. 2018, 1812.01187)."""
+    weights = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    return [{"params": weights, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def build_optimizer(model: nn.Module, cfg: OptimConfig, lr: float) -> torch.optim.Optimizer:
+    """SGD with momentum as torch defines it (the learning rate outside of the momentum buffer).
+
+    One fused kernel a group on a GPU, which also takes the loss scaler's verdict without asking the host.
+    """
+    on_gpu = next(model.parameters()).is_cuda
+    return torch.optim.SGD(
+        parameter_groups(model, cfg.weight_decay),
+        lr=lr,
+        momentum=cfg.momentum,
+        nesterov=cfg.nesterov,
+        fused=on_gpu,
+        foreach=not on_gpu,
+    )

@@ -1,0 +1,429 @@
+"""distrib.cli and distrib.config: what is read, how it is merged, and that each mistake is one helpful line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from distrib.cli import DEFAULT_CONFIG, dump_config, load_config, parse_args, valid_keys
+from distrib.config import Config, DataConfig, EmaConfig, OptimConfig, RunConfig, TrainConfig, UserError
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
+    """Writes a file into the test's own folder, which is the working directory, and returns its bare name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("IMAGENET_DIR", raising=False)
+
+    def write_file(text: str | bytes = "", name: str = "c.yaml") -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return Path(name)
+
+    return write_file
+
+
+def refused(path: Path | str, *overrides: str) -> str:
+    """The message of the UserError that loading must end in."""
+    with pytest.raises(UserError) as caught:
+        load_config(path, overrides)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1, message
+    assert "Traceback" not in message
+    assert "pydantic" not in message
+    return message
+
+
+# What is read
+
+
+def test_an_empty_file_is_the_defaults(write: Write) -> None:
+    assert load_config(write("# nothing\n")) == Config(run=RunConfig(dir="runs/resnet50"))
+
+
+def test_later_words_win(write: Write) -> None:
+    path = write("optim:\n  lr: 0.2\n  momentum: 0.8\ntrain: {epochs: 10}\n")
+    config = load_config(path, ["optim.lr=0.3", "train.epochs=20", "optim.lr=0.4"])
+    assert config.optim == OptimConfig(lr=0.4, momentum=0.8)
+    assert config.train == TrainConfig(epochs=20)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 1e-3),
+        ("1E-3", 1e-3),
+        ("5e2", 500),
+        (".5e1", 5),
+        ("1.5e+2", 150),
+        ("+1e1", 10),
+        ("3", 3),
+        ("0.25", 0.25),
+    ],
+)
+def test_numbers_as_people_write_them(write: Write, text: str, value: float) -> None:
+    path = write(f"optim:\n  lr: {text}\n")
+    assert load_config(path).optim.lr == value
+    assert load_config(write(), [f"optim.lr={text}"]).optim.lr == value
+
+
+@pytest.mark.parametrize("name", ["2026-03-01", "2026-02-30", "v1.2", "a+b", "1e", "e5"])
+def test_names_that_look_like_something_else(write: Write, name: str) -> None:
+    assert load_config(write(), [f"run.name={name}"]).run.name == name
+
+
+def test_overrides_take_yaml(write: Write) -> None:
+    config = load_config(
+        write("ema: {decay: 0.9}\n"),
+        [
+            "data.scale=[0.2, 1]",
+            "schedule.milestones=[10,20]",
+            "optim.nesterov=true",
+            "train.micro_batch=null",
+            "ema=null",
+            "data={flip: 0, workers: 2}",
+            "run.name='123'",
+            "run.dir=a=b",
+        ],
+    )
+    assert config.data.scale == (0.2, 1)
+    assert config.schedule.milestones == (10, 20)
+    assert config.optim.nesterov is True
+    assert config.train.micro_batch is None
+    assert config.ema is None
+    assert (config.data.flip, config.data.workers) == (0, 2)
+    assert config.run == RunConfig(name="123", dir="a=b")
+
+
+def test_an_override_opens_an_optional_part(write: Write) -> None:
+    assert load_config(write(), ["ema.decay=0.99"]).ema == EmaConfig(decay=0.99)
+
+
+def test_values_never_change() -> None:
+    config = Config()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.optim.lr = 1.0  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="frozen"):
+        config.train = TrainConfig()  # type: ignore[misc]
+
+
+def test_valid_keys_are_complete() -> None:
+    keys = valid_keys()
+    assert {"run", "run.name", "ema.decay", "data.synthetic.train", "trace"} <= set(keys)
+    assert len(keys) == len(set(keys))
+    assert all(key.partition(".")[0] in Config.model_fields for key in keys)
+
+
+# extends
+
+
+def test_extends_is_relative_to_its_file(write: Write) -> None:
+    write("optim: {lr: 1, momentum: 0.5}\ntrain: {epochs: 7}\nschedule: {warmup_epochs: 1}\n", "base/far.yaml")
+    write("extends: ../base/far.yaml\noptim: {lr: 2}\n", "mid/near.yaml")
+    config = load_config(write("extends: mid/near.yaml\ntrain: {epochs: 9}\n"), ["schedule.warmup_epochs=2"])
+    assert (config.optim.lr, config.optim.momentum) == (2, 0.5)
+    assert config.train.epochs == 9
+    assert config.schedule.warmup_epochs == 2
+
+
+def test_extends_takes_an_absolute_path(write: Write, tmp_path: Path) -> None:
+    write("train: {epochs: 7}\n", "base.yaml")
+    assert load_config(write(f"extends: {tmp_path / 'base.yaml'}\n", "sub/c.yaml")).train.epochs == 7
+
+
+def test_extends_can_switch_a_part_off(write: Write) -> None:
+    write("ema: {decay: 0.9}\n", "base.yaml")
+    assert load_config(write("extends: base.yaml\nema: null\n")).ema is None
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"c.yaml": "extends: c.yaml\n"},
+        {"c.yaml": "extends: a.yaml\n", "a.yaml": "extends: ./c.yaml\n"},
+        {"c.yaml": "extends: a.yaml\n", "a.yaml": "extends: sub/b.yaml\n", "sub/b.yaml": "extends: ../a.yaml\n"},
+    ],
+)
+def test_extends_in_a_circle(write: Write, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        write(text, name)
+    assert "extends itself, by way of" in refused("c.yaml")
+
+
+def test_extends_a_missing_file(write: Write) -> None:
+    message = refused(write("extends: sub/no.yaml\n"))
+    assert "sub/no.yaml" in message
+    assert "(extended by c.yaml)" in message
+
+
+@pytest.mark.parametrize("value", ["[a.yaml, b.yaml]", "3", "{a: b}"])
+def test_extends_takes_one_name(write: Write, value: str) -> None:
+    message = refused(write(f"trace: true\nextends: {value}\n"))
+    assert message.startswith("extends: takes one file name, got ")
+    assert message.endswith("(c.yaml:2)")
+
+
+def test_a_mistake_is_placed_in_the_file_that_holds_it(write: Write) -> None:
+    write("train:\n  epochs: 7\n  epoch: 8\n", "base.yaml")
+    assert "(base.yaml:3)" in refused(write("extends: base.yaml\n"))
+    write("optim:\n  lr: 1\n", "base.yaml")
+    assert "(c.yaml:3)" in refused(write("extends: base.yaml\noptim:\n  lr: -1\n"))
+    assert "(command line)" in refused(write("extends: base.yaml\n"), "optim.lr=-1")
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "line", "hint"),
+    [
+        ("optim:\n  learning_rate: 1\n", "optim.learning_rate", 2, ""),
+        ("optim:\n  momentm: 1\n", "optim.momentm", 2, "did you mean optim.momentum?"),
+        ("\n\nlr: 1\n", "lr", 3, "did you mean optim.lr?"),
+        ("train:\n  lr: 1\n", "train.lr", 2, "did you mean optim.lr?"),
+        ("run:\n  name: a\noptimm:\n  lr: 1\n", "optimm", 3, "did you mean optim?"),
+        ("data:\n  synthetic:\n    trainn: 3\n", "data.synthetic.trainn", 3, "did you mean data.synthetic.train?"),
+        ("ema: {deccay: 0.9}\n", "ema.deccay", 1, "did you mean ema.decay?"),
+        ("qqq: 1\n", "qqq", 1, "--print-config"),
+    ],
+)
+def test_unknown_keys(write: Write, text: str, key: str, line: int, hint: str) -> None:
+    message = refused(write(text))
+    assert message.startswith(f"unknown key {key} (c.yaml:{line})")
+    assert hint in message
+
+
+def test_unknown_override(write: Write) -> None:
+    message = refused(write(), "train.epoch=3")
+    assert message == "unknown key train.epoch (command line); did you mean train.epochs?"
+
+
+@pytest.mark.parametrize(
+    ("text", "start", "line"),
+    [
+        ("train:\n  epochs: many\n", "train.epochs: input should be a valid number, got 'many'", 2),
+        ("train:\n  epochs: '90'\n", "train.epochs: ", 2),
+        ("train:\n  global_batch: 2.5\n", "train.global_batch: input should be a valid integer, got 2.5", 2),
+        ("train:\n  global_batch: 1e3\n", "train.global_batch: ", 2),
+        ("train:\n  compile: 1\n", "train.compile: input should be a valid boolean, got 1", 2),
+        ("train:\n  precision: int8\n", "train.precision: input should be 'bf16', 'fp16' or 'fp32', got 'int8'", 2),
+        ("train:\n  label_smoothing: 1\n", "train.label_smoothing: ", 2),
+        ("optim:\n  lr: .nan\n", "optim.lr: ", 2),
+        ("optim:\n  lr: .inf\n", "optim.lr: ", 2),
+        ("optim:\n  lr: 0\n", "optim.lr: input should be greater than 0, got 0", 2),
+        ("run:\n  name: 12\n", "run.name: input should be a valid string, got 12", 2),
+        ("run:\n  name: a/b\n", "run.name: ", 2),
+        ("run:\n  name:\n", "run.name: input should be a valid string, got None", 2),
+        ("run:\n  dir: ''\n", "run.dir: ", 2),
+        ("run:\n  seed: -1\n", "run.seed: ", 2),
+        ("data:\n  scale: [1]\n", "data.scale.1: field required", 2),
+        ("data:\n  scale:\n  - 0.1\n  - x\n", "data.scale.1: input should be a valid number, got 'x'", 2),
+        ("data:\n  mean: [1, 2, 3, 4]\n", "data.mean: ", 2),
+        ("model: resnet18\n", "model: input should be a valid dictionary", 1),
+        ("trace: true\ndata:\n", "data: input should be a valid dictionary", 2),
+        ("ema: 0.9\n", "ema: input should be a valid dictionary", 1),
+        ("1: 2\n", "1: ", 1),
+    ],
+)
+def test_wrong_values(write: Write, text: str, start: str, line: int) -> None:
+    message = refused(write(text))
+    assert message.startswith(start)
+    assert message.endswith(f"(c.yaml:{line})")
+
+
+def test_more_mistakes_are_counted(write: Write) -> None:
+    assert refused(write("train: {epochs: x}\noptim: {lr: x, momentum: x}\n")).endswith("(and 2 more)")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (["data.eval_size=300"], "data.eval_size 300 is larger than data.eval_resize 256"),
+        (["data.scale=[0.5, 0.1]"], "data.scale [0.5, 0.1] is not"),
+        (["data.scale=[0, 1]"], "data.scale"),
+        (["data.scale=[0.5, 1.1]"], "data.scale"),
+        (["data.ratio=[2, 1]"], "data.ratio [2.0, 1.0] is not"),
+        (["data.std=[1, 0, 1]"], "data.std"),
+        (["optim.nesterov=true", "optim.momentum=0"], "optim.nesterov needs optim.momentum > 0"),
+        (["schedule.milestones=[30, 20]"], "schedule.milestones [30.0, 20.0] must rise"),
+        (["schedule.milestones=[20, 20]"], "must rise"),
+        (["train.micro_batch=2048"], "train.micro_batch 2048 exceeds train.global_batch 1024"),
+        (["train.epochs=3"], "schedule.warmup_epochs 5 exceeds train.epochs 3"),
+        (["schedule.name=step", "train.epochs=60"], "schedule.milestones [60, 80] lie beyond train.epochs 60"),
+    ],
+)
+def test_values_that_contradict(write: Write, overrides: list[str], part: str) -> None:
+    message = refused(write(), *overrides)
+    assert part in message
+    assert "(command line)" in message
+
+
+def test_a_contradiction_is_placed_where_its_key_stands(write: Write) -> None:
+    path = write("train:\n  global_batch: 64\n  micro_batch: 128\n")
+    assert refused(path) == "train.micro_batch 128 exceeds train.global_batch 64 (c.yaml:3)"
+
+
+def test_a_run_of_few_steps_keeps_its_schedule(write: Write) -> None:
+    config = load_config(write(), ["train.steps=10", "train.epochs=1", "schedule.name=step"])
+    assert config.schedule.warmup_epochs == 5
+
+
+@pytest.mark.parametrize("word", ["train.epochs", "=3", "configs/other.yaml", "--", ""])
+def test_words_that_are_no_override(write: Write, word: str) -> None:
+    assert "is not key=value (a configuration file goes behind --config)" in refused(write(), word)
+
+
+@pytest.mark.parametrize(
+    "word", ["optim.lr=[1", "optim.lr=a: b: c", "optim.lr=!!python/name:os.system", "run.name=0x_"]
+)
+def test_overrides_that_are_no_yaml(write: Write, word: str) -> None:
+    message = refused(write(), word)
+    assert message.startswith("command line")
+    assert "not valid YAML" in message
+
+
+@pytest.mark.parametrize("word", [".=1", "train.=1", ".train=1", "train..epochs=1", "run.name.x=1", "train=1", "1=2"])
+def test_overrides_of_odd_keys(write: Write, word: str) -> None:
+    assert "(command line)" in refused(write(), word)
+
+
+@pytest.mark.parametrize(
+    ("text", "places"),
+    [
+        ("run: {name: a}\ntrace: true\nrun: {seed: 1}\n", ("run", 1, 3)),
+        ("optim:\n  lr: 1\n  momentum: 0.5\n  lr: 2\n", ("optim.lr", 2, 4)),
+    ],
+)
+def test_duplicate_keys(write: Write, text: str, places: tuple[str, int, int]) -> None:
+    key, first, second = places
+    assert refused(write(text)) == f"{key} stands twice: c.yaml:{first} and c.yaml:{second}"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("run:\n\tname: a\n", ":2"),
+        ("run: {name: a\n", ":2"),
+        ("run: *nothing\n", ":1"),
+        ("run: 'a\n", ":2"),
+        ("trace: true\nrun: {name: !!python/object:os.system x}\n", ":2"),
+        ("a: 1\n---\nb: 2\n", ":2"),
+        ("? [a, b]\n: 1\n", ":1"),
+        ("run:\n  name: \x01\n", ""),
+        ("run: {name: 0x_}\n", ""),
+    ],
+)
+def test_bad_yaml(write: Write, text: str, line: str) -> None:
+    assert refused(write(text)).startswith(f"c.yaml{line}: not valid YAML: ")
+
+
+@pytest.mark.parametrize("text", ["run: &x {name: *x}\n", "[" * 3000])
+def test_bottomless_yaml(write: Write, text: str) -> None:
+    assert "nested too deeply" in refused(write(text))
+
+
+@pytest.mark.parametrize("text", ["- run\n- model\n", "just words\n", "3\n", "true\n"])
+def test_not_a_mapping(write: Write, text: str) -> None:
+    assert refused(write(text)).startswith("c.yaml: a configuration is a mapping of parts")
+
+
+def test_files_that_cannot_be_read(write: Write, tmp_path: Path) -> None:
+    assert refused(write(b"run: \xff\xfe\n")) == "c.yaml: not a UTF-8 text file"
+    assert refused("none.yaml") == "cannot read configuration none.yaml: No such file or directory"
+    assert refused(tmp_path).endswith("Is a directory")
+    assert "cannot read configuration" in refused(write('extends: "a\\0b"\n'))
+
+
+# References
+
+
+def test_references(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    monkeypatch.setenv("IMAGENET_DIR", "/data/imagenet")
+    path = write("run: {name: first, dir: '${SCRATCH}/${run.name}-${data.size}'}\n")
+    config = load_config(path, ["run.name=second", "data.index_dir=${data.root}/index"])
+    assert config.run.dir == "/scratch/me/second-224"
+    assert config.data.root == "/data/imagenet"
+    assert config.data.index_dir == "/data/imagenet/index"
+
+
+def test_the_default_run_directory_follows_the_name(write: Write) -> None:
+    assert load_config(write(), ["run.name=mine"]).run.dir == "runs/mine"
+
+
+def test_an_unset_variable_is_an_error_but_for_the_data(write: Write) -> None:
+    assert load_config(write()).data.root == "${IMAGENET_DIR}"
+    message = refused(write(), "run.dir=${UNSET_HERE}/x")
+    assert message.startswith("run.dir: cannot resolve ${UNSET_HERE} in '${UNSET_HERE}/x'")
+    assert "set the environment variable UNSET_HERE" in message
+    assert "set the environment variable IMAGENET_DIR" in refused(write(), "data.index_dir=${data.root}/index")
+
+
+def test_an_empty_variable_is_unset(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCRATCH", "")
+    assert "set the environment variable SCRATCH" in refused(write(), "run.dir=${SCRATCH}/x")
+
+
+@pytest.mark.parametrize("reference", ["run.nothing", "run.name.x", "train.micro_batch", "data.synthetic", "a.b"])
+def test_references_to_nothing(write: Write, reference: str) -> None:
+    assert "no such key with a value" in refused(write(), f"run.dir=${{{reference}}}")
+
+
+def test_references_in_a_circle(write: Write) -> None:
+    assert "run.dir: refers to itself" in refused(write(), "run.dir=${run.dir}/x")
+    assert "refers to itself" in refused(write(), "run.dir=${data.index_dir}", "data.index_dir=${run.dir}")
+
+
+# Writing it down
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config(),
+        Config(run=RunConfig(name="1e3", dir="a: b # c", seed=2**63 - 1), ema=EmaConfig(decay=1e-5), trace=True),
+        Config(run=RunConfig(name="2026-03-01", dir="~/läufe/null")),
+        Config(run=RunConfig(name="0123", dir="1_000")),
+        Config(optim=OptimConfig(lr=1e-12, weight_decay=0), data=DataConfig(scale=(0.25, 1.0), index_dir="yes")),
+    ],
+)
+def test_what_is_dumped_loads_as_it_was(write: Write, config: Config) -> None:
+    resolved = load_config(write(dump_config(config), "first.yaml"))
+    assert resolved.run.name == config.run.name
+    assert resolved.ema == config.ema
+    assert resolved.optim == config.optim
+    assert resolved.data == config.data
+    assert load_config(write(dump_config(resolved), "second.yaml")) == resolved
+
+
+# The command line
+
+
+def test_arguments_in_any_order() -> None:
+    args = parse_args(["a=1", "--config", "c.yaml", "b=2", "--print-config", "c=3"])
+    assert args.config == "c.yaml"
+    assert args.print_config
+    assert args.overrides == ["a=1", "b=2", "c=3"]
+    assert parse_args([]).config == DEFAULT_CONFIG
+
+
+@pytest.mark.parametrize("argv", [["--conf", "c.yaml"], ["--config"], ["--lr", "3"]])
+def test_wrong_arguments_exit_with_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse_args(argv)
+    assert stop.value.code == 2
+    assert "train.py: error:" in capsys.readouterr().err
+
+
+def test_imports_no_torch() -> None:
+    code = "import sys, distrib.cli; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["False", "False"]

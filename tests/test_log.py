@@ -1,0 +1,430 @@
+import contextlib
+import io
+import json
+import math
+import os
+import re
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from distrib.log import ConsoleSink, JsonlSink, Log, _api_key, new_run_id, truncate_jsonl
+
+ROOT = Path(__file__).parent.parent
+TRAIN = {
+    "kind": "train",
+    "step": 123456,
+    "epoch": 24.701,
+    "loss": 3.4123,
+    "lr": 0.38712,
+    "images_per_second": 10234.4,
+    "data_wait": 0.031,
+    "seconds": 99.5,
+    "eta_seconds": 45296.0,
+}
+EVAL = {
+    "kind": "eval",
+    "step": 123456,
+    "epoch": 25.0,
+    "loss": 0.9612,
+    "top1": 76.132,
+    "top5": 92.861,
+    "images": 50000,
+    "seconds": 21.3,
+    "ema_top1": 76.331,
+    "ema_top5": 93.012,
+}
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+class Memory:
+    def __init__(self):
+        self.records, self.messages, self.closed = [], [], []
+
+    def record(self, record):
+        self.records.append(dict(record))
+
+    def message(self, text, level="info"):
+        self.messages.append((level, text))
+
+    def close(self, exit_code):
+        self.closed.append(exit_code)
+
+
+class Broken(Memory):
+    def record(self, record):
+        raise OSError("no space left on device")
+
+    def close(self, exit_code):
+        super().close(exit_code)
+        raise OSError("still no space")
+
+
+class Scalar:
+    def item(self):
+        return 2.5
+
+
+def test_empty_log_takes_everything():
+    log = Log()
+    log.record(TRAIN)
+    log.warning("nobody hears this")
+    log.close(0)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_raising_sink_is_reported_once_and_left_out(order):
+    good, broken = Memory(), Broken()
+    log = Log([broken, good][::order])
+    log.record(TRAIN)
+    log.record(EVAL)
+    log.message("on it goes")
+    log.close(3)
+    log.close(4)
+    assert good.records == [TRAIN, EVAL]
+    assert [level for level, _ in good.messages] == ["warning", "info"]
+    assert "Broken" in good.messages[0][1]
+    assert "no space left" in good.messages[0][1]
+    assert good.closed == broken.closed == [3]
+
+
+def test_log_whose_only_sink_raises_goes_on():
+    log = Log([Broken()])
+    log.record(TRAIN)
+    log.record(TRAIN)
+    log.close(1)
+
+
+def test_jsonl_round_trip(tmp_path):
+    path = tmp_path / "run" / "metrics.jsonl"
+    odd = {**TRAIN, "loss": math.nan, "list": [math.inf, 1], "scalar": Scalar(), "path": tmp_path, "none": None}
+    for record in (TRAIN, odd, EVAL):
+        sink = JsonlSink(path)
+        sink.record(record)
+        sink.message("not a number")
+        assert path.read_bytes().endswith(b"}\n")  # before any close
+        sink.close(0)
+
+    def no_constant(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    lines = [json.loads(line, parse_constant=no_constant) for line in path.read_text().splitlines()]
+    assert lines[0] == TRAIN
+    assert lines[1] == {**TRAIN, "loss": None, "list": [None, 1], "scalar": 2.5, "path": str(tmp_path), "none": None}
+    assert lines[2] == EVAL
+
+
+def test_truncate_drops_later_steps_and_torn_lines(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    kept = b'{"kind": "train", "step": 1, "loss": 0.10}\n{"kind":"eval","step":2}\n'
+    path.write_bytes(kept + b'{"kind": "tra{"step": 1}\n' + b'{"step": 3}\n{"step": 2}')
+    truncate_jsonl(path, 2)
+    assert path.read_bytes() == kept
+    before = path.stat().st_ino
+    truncate_jsonl(path, 2)
+    assert path.stat().st_ino == before  # nothing to drop, nothing written
+    truncate_jsonl(path, -1)
+    assert path.read_bytes() == b""
+    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
+    truncate_jsonl(tmp_path / "none.jsonl", 5)
+
+
+def test_console_in_a_file_is_one_plain_line_each(tmp_path, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    path = tmp_path / "out.txt"
+    with path.open("w", encoding="ascii") as file:
+        log = Log([ConsoleSink(450360, file)])
+        log.record(TRAIN)
+        assert path.read_text().endswith("\n")  # flushed
+        log.record(EVAL)
+        log.record({"kind": "train", "step": 5, "loss": math.nan, "eta_seconds": math.nan})
+        log.message("8 ranks × 128 images [bf16]")
+        log.warning("slow disk")
+        log.close(0)
+    lines = path.read_text().splitlines()
+    assert lines == [
+        "123456/450360 epoch 24.70 loss 3.412 lr 0.387 10234 img/s wait 3% ETA 12:34:56",
+        "123456/450360 epoch 25.00 eval top-1 76.13% top-5 92.86% loss 0.961 EMA 76.33%",
+        "5/450360 loss nan ETA -:--:--",
+        "8 ranks ? 128 images [bf16]",
+        "warning: slow disk",
+    ]
+    assert max(map(len, lines)) < 80
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_console_on_a_terminal(columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
+    terminal = Terminal()
+    log = Log([ConsoleSink(450360, terminal)])
+    log.message("run directory [runs/x]")
+    log.record({**TRAIN, "step": 1, "loss": 9.87})
+    log.record(EVAL)
+    log.warning("slow disk")
+    log.record(TRAIN)
+    log.close(0)
+    shown = terminal.getvalue()
+    assert "\x1b[" in shown
+    assert shown.count("\x1b[?25l") <= shown.count("\x1b[?25h")  # the cursor is there again
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown).replace("\r", "\n")
+    lines = [line.rstrip() for line in plain.split("\n")]
+    assert max(map(len, lines)) <= columns
+    last = [line for line in lines if line][-2:]
+    assert last[0].endswith("123456/450360  27%  ETA 12:34:56")
+    assert last[1] == "epoch 24.70  loss 3.412  lr 0.387  10234 img/s  data wait 3%"
+    for once in (
+        "run directory [runs/x]",
+        "epoch 25.00  eval  top-1 76.13%  top-5 92.86%  loss 0.961  EMA 76.33%",
+        "warning: slow disk",
+    ):
+        assert lines.count(once) == 1
+
+
+def test_dumb_terminal_gets_plain_lines(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    terminal = Terminal()
+    log = Log([ConsoleSink(10, terminal)])
+    log.record({**TRAIN, "step": 1})
+    log.close(0)
+    assert terminal.getvalue().startswith("1/10 epoch")
+    assert "\x1b" not in terminal.getvalue()
+
+
+def test_run_ids_differ_and_are_safe():
+    ids = {new_run_id() for _ in range(100)}
+    assert len(ids) == 100
+    assert all(re.fullmatch(r"[a-z0-9]{8}", run_id) for run_id in ids)
+
+
+# W&B keeps state for the whole process, so each of these is a process of its own, as a run is.
+
+HEAD = """
+import os, sys, time
+from pathlib import Path
+import distrib.log as log
+from distrib.config import WandbConfig
+
+def make(mode="online"):
+    notify = lambda text: print("NOTICE", text, flush=True)
+    return log.WandbSink(WandbConfig(mode=mode), "abc12345", "a run", Path("run"), {"optim": {"lr": 0.1}}, notify)
+
+def record(sink, step):
+    sink.record({"kind": "train", "step": step, "epoch": step / 10, "loss": float("nan")})
+
+def timed(what, limit, action):
+    start = time.monotonic()
+    action()
+    assert time.monotonic() - start < limit, f"{what} took {time.monotonic() - start:.1f} s"
+"""
+KEY = "0123456789" * 4
+
+
+def run_wandb(tmp_path, body, returncode=0, **env):
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "NETRC"))}
+    done = subprocess.run(
+        [sys.executable, "-c", HEAD + textwrap.dedent(body)],
+        env=clean | {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)} | env,
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == returncode, done.stderr
+    if not returncode:
+        assert done.stderr == ""
+    assert all(line.startswith("NOTICE") for line in done.stdout.splitlines())  # W&B itself says nothing
+    return done.stdout.splitlines(), done.stderr
+
+
+def messages(data):
+    """What a .wandb file holds: LevelDB's log format after 7 bytes of W&B's own."""
+    place, whole = 7, b""
+    while place + 7 <= len(data):
+        left = 2**15 - place % 2**15
+        if left < 7:
+            place += left
+            continue
+        length, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+        whole += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # full, last
+            yield whole
+            whole = b""
+
+
+def history(tmp_path):
+    """The steps that lie in W&B's files, folder by folder."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    return [
+        [
+            int(item.value_json)
+            for message in messages(path.read_bytes())
+            for item in Record.FromString(message).history.item
+            if (item.key or item.nested_key[0]) == "step"
+        ]
+        for path in sorted((tmp_path / "run" / "wandb").glob("*run-*-abc12345/run-abc12345.wandb"))
+    ]
+
+
+@pytest.fixture
+def silent_server():
+    """Accepts connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        held = []
+
+        def accept():
+            with contextlib.suppress(OSError):  # closed: the test is over
+                while True:
+                    held.append(server.accept())
+
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+        server.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize(
+    ("machine", "base_url", "found"),
+    [
+        ("api.wandb.ai", "https://api.wandb.ai", True),
+        ("api.wandb.ai", "https://api.forge.coreweave.com", True),
+        ("wandb.example:8080", "http://wandb.example:8080/", True),
+        ("wandb.example", "http://wandb.example:8080", True),
+        ("api.wandb.ai", "http://wandb.example", False),
+        ("wandb.example login", "http://wandb.example", False),  # not a netrc file
+    ],
+)
+def test_api_key_from_netrc_is_its_own_servers(machine, base_url, found, tmp_path, monkeypatch):
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    session = SimpleNamespace(api_key=None, base_url=base_url)
+    assert _api_key(session) is None
+    (tmp_path / "netrc").write_text(f"machine {machine} login user password {KEY}\n")
+    assert _api_key(session) == (KEY if found else None)
+    session.api_key = "environment"
+    assert _api_key(session) == "environment"
+
+
+@pytest.mark.parametrize("env", [{}, {"WANDB_MODE": "disabled"}])
+def test_wandb_disabled_is_never_imported(tmp_path, env):
+    notices, _ = run_wandb(
+        tmp_path,
+        f"""
+        sink = make({"online" if env else "disabled"!r})
+        record(sink, 1)
+        sink.close(0)
+        assert "wandb" not in sys.modules
+        """,
+        **env,
+    )
+    assert notices == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_wandb_offline_and_again_with_the_same_id(tmp_path):
+    body = """
+        sink = make("offline")
+        for step in (1, 2, 3):
+            record(sink, step)
+        sink.record({"kind": "eval", "step": 3, "epoch": 0.3, "top1": 70.0})
+        timed("close", 20, lambda: sink.close(0))
+        sink.close(0)
+        """
+    assert run_wandb(tmp_path, body)[0] == []
+    assert run_wandb(tmp_path, body)[0] == []
+    assert history(tmp_path) == [[1, 2, 3], [1, 2, 3]]
+
+
+def test_wandb_mode_of_the_environment_wins(tmp_path):
+    body = "sink = make('disabled')\nrecord(sink, 1)\nsink.close(0)\n"
+    assert run_wandb(tmp_path, body, WANDB_MODE="offline")[0] == []
+    assert history(tmp_path) == [[1]]
+    notices, _ = run_wandb(tmp_path, body, WANDB_MODE="of-line")
+    assert len(notices) == 1
+    assert "WANDB_MODE=of-line" in notices[0]
+
+
+def test_wandb_online_without_a_key_goes_offline(tmp_path):
+    # Another server's key is no key. And an exception after the start is told by Python alone, once.
+    (tmp_path / ".netrc").write_text(f"machine other.example login user password {KEY}\n")
+    body = """
+        sink = make()
+        record(sink, 1)
+        timed("close", 20, lambda: sink.close(1))
+        raise ValueError("the run's own")
+        """
+    notices, stderr = run_wandb(tmp_path, body, returncode=1)
+    assert len(notices) == 1
+    assert "no API key for https://" in notices[0]
+    assert "wandb sync run/wandb/offline-run-*" in notices[0]
+    assert stderr.count("Traceback") == 1
+    assert history(tmp_path) == [[1]]
+
+
+def test_wandb_goes_offline_where_the_server_never_answers(tmp_path, silent_server):
+    (tmp_path / ".netrc").write_text(f"machine {silent_server[7:]} login user password {KEY}\n")
+    body = """
+        log.INIT_SECONDS = 3
+        sink = make()
+        timed("record", 1, lambda: [record(sink, step) for step in range(1000)])
+        time.sleep(1)
+        timed("close", 15, lambda: sink.close(0))
+        """
+    notices, _ = run_wandb(tmp_path, body, WANDB_BASE_URL=silent_server)
+    assert len(notices) == 1
+    assert "offline" in notices[0]
+    assert list(range(1000)) in history(tmp_path)
+
+
+def test_wandb_close_is_bounded_and_so_is_the_exit(tmp_path, silent_server):
+    body = """
+        log.CLOSE_SECONDS = 2
+        sink = make()
+        record(sink, 1)
+        timed("close", 6, lambda: sink.close(0))
+        """
+    start = time.monotonic()
+    notices, _ = run_wandb(tmp_path, body, WANDB_BASE_URL=silent_server, WANDB_API_KEY=KEY)
+    assert time.monotonic() - start < 15
+    assert len(notices) == 1
+    assert "given up after 2 s" in notices[0]
+
+
+def test_wandb_with_a_wrong_key_goes_offline(tmp_path):
+    notices, _ = run_wandb(
+        tmp_path, "sink = make()\nrecord(sink, 1)\nsink.close(0)\n", WANDB_API_KEY="short", NETRC="/nowhere"
+    )
+    assert len(notices) == 1
+    assert "offline" in notices[0]
+    assert history(tmp_path) == [[1]]
+
+
+def test_wandb_service_outlives_the_group_and_is_replaced_when_it_dies(tmp_path):
+    body = """
+        import signal
+        sink = make("offline")
+        record(sink, 1)
+        while sink._wandb.run is None or sink._queue.qsize():
+            time.sleep(0.1)
+        service = sink._wandb.setup()._connection._proc._process
+        assert os.getsid(service.pid) == service.pid != os.getsid(0)  # no killpg reaches it
+        os.kill(service.pid, signal.SIGTERM)  # as Slurm does
+        service.wait()
+        time.sleep(0.5)
+        record(sink, 2)
+        timed("close", 20, lambda: sink.close(0))
+        """
+    assert run_wandb(tmp_path, body)[0] == []
+    assert history(tmp_path)[-1] == [2]

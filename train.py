@@ -1,0 +1,314 @@
+"""Trains a ResNet: `python train.py`, or `torchrun --nproc_per_node=8 train.py`, with --config FILE and key=value.
+
+This file is the table of contents: `build` makes each part in order, `Run.loop` is the one loop.
+"""
+# ruff: noqa: E402
+
+from distrib.faults import FAILED, FINISHED, STOPPED, USER_ERROR, RunFailed, StopSignals, report_exit
+
+STOP = StopSignals()  # before torch, whose import takes seconds: a request to stop must not kill the run there
+
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+
+import torch
+
+from distrib import checkpoint
+from distrib.checkpoint import Checkpointer
+from distrib.cli import dump_config, load_config, parse_args
+from distrib.config import Config, UserError
+from distrib.data import EvalPlan, Index, Loader, TrainPlan, build_loader, open_data
+from distrib.engine.evaluate import Evaluator
+from distrib.engine.prepare import DTYPES, Objective, effective_precision, warm_up, wrap
+from distrib.engine.state import TrainState
+from distrib.engine.step import TrainStep
+from distrib.faults import Agreement
+from distrib.folder import RunFolder, check_resumable
+from distrib.log import ConsoleSink, JsonlSink, Log, WandbSink, new_run_id, truncate_jsonl
+from distrib.metrics import SaveTimer, Trace, TrainMeter
+from distrib.models import build_model
+from distrib.optim import Ema, build_optimizer, build_schedule, peak_lr
+from distrib.runtime import Runtime, is_main_process, start
+
+
+@dataclass
+class Progress:
+    """Where the run is. It lies in every checkpoint, so a restart begins with it."""
+
+    step: int = 0  # steps done
+    evaluated: int = 0  # the last of them after which the weights were evaluated
+    result: dict[str, float] = field(default_factory=dict)  # of that evaluation
+    best_step: int | None = None
+    best_top1: float = -1.0
+    seconds: float = 0.0  # of training, over all starts
+    wandb_id: str = field(default_factory=new_run_id)
+
+
+@dataclass
+class Run:
+    """The parts of a run; the loop, and what is due after a step."""
+
+    config: Config
+    runtime: Runtime
+    folder: RunFolder
+    log: Log
+    plan: TrainPlan
+    eval_plan: EvalPlan
+    loader: Loader
+    state: TrainState
+    step: TrainStep
+    evaluator: Evaluator
+    checkpointer: Checkpointer | None  # on the rank that writes
+    schedule: Callable[[int], float]
+    total_steps: int
+    data: str  # fingerprint of the training images
+    progress: Progress
+
+    def loop(self) -> int:
+        """Trains to the end, or to the step at which all ranks agree to stop; returns the exit code."""
+        config, progress, first = self.config, self.progress, self.progress.step
+        agreement = Agreement(self.runtime.control)
+        meter = TrainMeter(self.runtime, self.plan, self.total_steps, progress.seconds)
+        trace = Trace(self.folder.trace, self.plan) if config.trace else None
+        timer = SaveTimer(config.checkpoint.every_minutes)
+        stream = self.loader.train(self.plan, first, self.total_steps)
+
+        stopping = self.eval_due() and not self.evaluate(agreement)  # one that the last stop cut short
+        meter.resume()
+        while progress.step < self.total_steps and not stopping:
+            lr = self.schedule(progress.step)
+            batches = meter.fetch(stream)
+            loss = self.step(batches, progress.step, lr)
+            meter.add(loss)
+            progress.step += 1
+            if trace is not None:
+                trace.step(progress.step, batches, loss)
+            if progress.step % config.log.every_steps == 0:
+                self.log_records(meter.close_interval(progress.step, lr))
+
+            stopping, save = agreement.exchange(stop=STOP.received is not None, save=timer.due)
+            if self.eval_due() and not stopping:
+                self.log_records(meter.flush(progress.step, lr))
+                stopping = not self.evaluate(agreement)
+                save = save or progress.best_step == progress.step
+                meter.resume()
+            if save or stopping or self.save_due():
+                progress.seconds = meter.seconds
+                self.save()
+                timer.restart()
+
+        agreement.close()
+        self.log_records(meter.flush(progress.step, self.schedule(max(0, progress.step - 1))))
+        return self.runtime.on_main(lambda: self.conclude(first, stopping, meter.images_per_second))
+
+    def eval_due(self) -> bool:
+        """Whether the weights as they are now are to be evaluated and were not."""
+        every = max(1, round(self.config.train.eval_every_epochs * self.plan.steps_per_epoch))
+        due = self.progress.step % every == 0 or self.progress.step == self.total_steps
+        return due and self.progress.evaluated < self.progress.step
+
+    def save_due(self) -> bool:
+        """Whether this step has one of the regular saves."""
+        every = self.config.checkpoint.every_steps
+        return self.progress.step == self.total_steps or (every is not None and self.progress.step % every == 0)
+
+    def evaluate(self, agreement: Agreement) -> bool:
+        """Evaluates the weights as they are now; False where a request to stop cut it short."""
+        progress, plan = self.progress, self.eval_plan
+        result = self.evaluator(self.state.weights(), self.loader.evaluate(plan), plan, self.runtime, agreement, STOP)
+        if result is None:
+            return False
+        progress.evaluated, progress.result = progress.step, result
+        top1 = result.get("ema_top1", result["top1"])
+        if top1 > progress.best_top1:
+            progress.best_step, progress.best_top1 = progress.step, top1
+        epoch = progress.step / self.plan.steps_per_epoch
+        self.log.record({"kind": "eval", "step": progress.step, "epoch": epoch, **result})
+        return True
+
+    def save(self) -> None:
+        """Begins a save. All ranks must call it: their batch-norm statistics are gathered."""
+        state = self.state.capture()
+        if self.checkpointer is not None:
+            config = self.config.model_dump(mode="json")
+            header = {"progress": asdict(self.progress), "config": config, "data": self.data}
+            self.checkpointer.save({**header, **state}, self.progress.step, self.progress.best_step)
+
+    def log_records(self, records: Sequence[dict[str, object]]) -> None:
+        """Logs what the meter has ready."""
+        for record in records:
+            self.log.record(record)
+
+    def conclude(self, first: int, stopping: bool, images_per_second: float) -> int:
+        """Waits for the last save, writes the summary, and says how the run ended. Rank 0 only."""
+        progress = self.progress
+        assert self.checkpointer is not None
+        saved = self.checkpointer.wait()
+        if progress.step > first and saved != progress.step:
+            self.log.message(f"step {progress.step} could not be saved; the newest checkpoint is older", "error")
+            return FAILED
+        if stopping:
+            self.log.message(f"{STOP.received or 'another rank'}: stopped at step {progress.step}, everything is saved")
+            self.log.message(f"the same command continues {self.folder.path}")
+        if progress.step > first or self.folder.summary() is None:
+            self.folder.write_summary(
+                {
+                    "status": "stopped" if stopping else "finished",
+                    "step": progress.step,
+                    "epoch": progress.step / self.plan.steps_per_epoch,
+                    **{key: value for key, value in progress.result.items() if key != "seconds"},
+                    "best": {"step": progress.best_step, "top1": progress.best_top1} if progress.best_step else None,
+                    "images_per_second": images_per_second,
+                    "seconds": progress.seconds,
+                }
+            )
+        if not stopping:
+            result = progress.result
+            ema = f" (EMA {result['ema_top1']:.2f} %)" if "ema_top1" in result else ""
+            self.log.message(
+                f"finished: top-1 {result['top1']:.2f} %{ema}, top-5 {result['top5']:.2f} % on {result['images']:,} "
+                f"images after {progress.step} steps"
+            )
+            self.log.message(f"run folder: {self.folder.path}")
+        return STOPPED if stopping else FINISHED
+
+
+def build(config: Config) -> Run:
+    """Makes every part, continues from the newest valid checkpoint where there is one, and says what it resolved."""
+    runtime = start()
+    notify = partial(print, flush=True) if runtime.is_main else partial(print, file=sys.stderr, flush=True)
+    main_notify = notify if runtime.is_main else (lambda text: None)
+    indexes = runtime.main_first(lambda: open_data(config.data, config.model.num_classes, main_notify))
+    plan, eval_plan = make_plans(config, indexes, runtime)
+    total_steps = config.train.steps or max(1, round(config.train.epochs * plan.steps_per_epoch))
+    data = indexes[0].fingerprint if indexes is not None else f"synthetic {plan.images}"
+
+    folder = RunFolder(config.run.dir)
+    console = ConsoleSink(total_steps) if runtime.is_main else None
+    log = Log([console] if console else [])
+    newest = runtime.on_main(lambda: checkpoint.newest_valid(folder.checkpoints, log.warning))
+    saved = checkpoint.load(newest) if newest else None
+    progress = Progress(**saved["progress"]) if saved else Progress()
+    if saved and newest:
+        check_resumable(saved, config, data, newest, log.warning)
+
+    # From here on the run folder is written to.
+    checkpointer = runtime.on_main_only(lambda: Checkpointer(folder.checkpoints, config.checkpoint.keep, log.warning))
+    if console is not None:
+        folder.write_config(config)
+        for file in (folder.metrics, *folder.trace.glob("*.jsonl")):
+            truncate_jsonl(file, progress.step)
+        run_config = config.model_dump(mode="json")
+        wandb = WandbSink(config.wandb, progress.wandb_id, config.run.name, folder.path, run_config, log.warning)
+        log = Log([console, JsonlSink(folder.metrics), wandb])
+    runtime.barrier()
+
+    torch.manual_seed(config.run.seed)
+    device, precision = runtime.device, effective_precision(config.train.precision, runtime.device)
+    network = build_model(config.model).to(memory_format=torch.channels_last).to(device)
+    objective = Objective(
+        network, config.data.mean, config.data.std, DTYPES[precision], config.train.label_smoothing
+    ).to(device)
+    call, ddp = wrap(objective, config.train, runtime, accumulates=plan.accumulation > 1)
+    if ddp is not None or config.train.compile:
+        warm_up(call, objective, plan.largest_slice, config.data.size, device)
+    lr = peak_lr(config.optim, plan.global_batch)
+    optimizer = build_optimizer(network, config.optim, lr)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    ema = Ema(network, config.ema) if config.ema else None
+    state = TrainState(network, optimizer, scaler, ema, runtime)
+    if saved:
+        state.restore(saved)
+
+    parameters = sum(p.numel() for p in network.parameters())
+    for line in (
+        f"{config.model.name}, {parameters / 1e6:.2f} M parameters, {precision}"
+        + (f" (no {config.train.precision} on this processor)" if precision != config.train.precision else "")
+        + f", channels-last{', compiled' if config.train.compile else ''}, {runtime.world} × {device.type}",
+        f"global batch {plan.global_batch}: {runtime.world} × {plan.accumulation} forwards of {plan.largest_slice} at most; "
+        f"learning rate {lr:g}; {plan.steps_per_epoch} steps an epoch, {total_steps} in all",
+        *([f"continuing {newest}: step {progress.step} of {total_steps}"] if newest else []),
+    ):
+        log.message(line)
+
+    return Run(
+        config=config,
+        runtime=runtime,
+        folder=folder,
+        log=log,
+        plan=plan,
+        eval_plan=eval_plan,
+        loader=build_loader(
+            config.data, indexes, config.model.num_classes, device, folder.bad_samples,
+            log.warning if runtime.is_main else notify,
+        ),
+        state=state,
+        step=TrainStep(
+            call, ddp, optimizer, scaler, ema,
+            world=runtime.world, global_batch=plan.global_batch, clip_grad_norm=config.train.clip_grad_norm,
+        ),
+        evaluator=Evaluator(objective, ["model", "ema"] if ema else ["model"], config.train.compile),
+        checkpointer=checkpointer,
+        schedule=build_schedule(config.schedule, lr, plan.steps_per_epoch, total_steps),
+        total_steps=total_steps,
+        data=data,
+        progress=progress,
+    )  # fmt: skip
+
+
+def make_plans(config: Config, indexes: tuple[Index, Index] | None, runtime: Runtime) -> tuple[TrainPlan, EvalPlan]:
+    """Who trains and evaluates which images.
+
+    Raises:
+        UserError: more ranks than images in a batch, or a batch larger than the data set.
+    """
+    batch, world = config.train.global_batch, runtime.world
+    synthetic = config.data.synthetic
+    train, val = (len(indexes[0]), len(indexes[1])) if indexes else (synthetic.train, synthetic.val)
+    if world > batch:
+        raise UserError(f"train.global_batch {batch} is smaller than the {world} processes: raise it, or start fewer")
+    if batch > train:
+        raise UserError(f"train.global_batch {batch} is larger than the training set of {train} images: lower it")
+    micro = config.train.micro_batch or batch
+    accumulation = min(-(-batch // (world * micro)), batch // world)
+    return (
+        TrainPlan(train, batch, config.run.seed, runtime.rank, world, accumulation),
+        EvalPlan(val, config.data.eval_batch, runtime.rank, world),
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit code: 0 finished, 75 stopped with everything saved, 2 the user's to mend, 1 failed."""
+    args = parse_args(argv)
+    try:
+        config = load_config(args.config, args.overrides)
+        if args.print_config:
+            print(dump_config(config), end="")
+            return FINISHED
+        run = build(config)
+        code = FAILED
+        try:
+            code = run.loop()
+        finally:
+            run.log.close(code)
+        run.runtime.close()
+        return report_exit(code)
+    except UserError as error:
+        if is_main_process():
+            print(f"error: {error}", file=sys.stderr)
+        return report_exit(USER_ERROR, str(error))
+    except RunFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return report_exit(FAILED, str(error))
+    except KeyboardInterrupt:
+        return report_exit(FAILED, "interrupted twice; not saved")
+    except Exception as error:
+        traceback.print_exc()
+        return report_exit(FAILED, f"{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
