@@ -96,12 +96,12 @@ class Run:
                 save = save or progress.best_step == progress.step
                 meter.resume()
             if save or stopping or self.save_due():
+                self.log_records(meter.flush(progress.step, lr))  # what a restart from here will not measure again
                 progress.seconds = meter.seconds
                 self.save()
                 timer.restart()
 
         agreement.close()
-        self.log_records(meter.flush(progress.step, self.schedule(max(0, progress.step - 1))))
         return self.runtime.on_main(lambda: self.conclude(first, stopping, meter.images_per_second))
 
     def eval_due(self) -> bool:
@@ -212,7 +212,7 @@ def build(config: Config) -> Run:
     objective = Objective(
         network, config.data.mean, config.data.std, DTYPES[precision], config.train.label_smoothing
     ).to(device)
-    call, ddp = wrap(objective, config.train, runtime, accumulates=plan.accumulation > 1)
+    call, ddp = wrap(objective, config.train, runtime)
     if ddp is not None or config.train.compile:
         warm_up(call, objective, plan.largest_slice, config.data.size, device)
     lr = peak_lr(config.optim, plan.global_batch)
@@ -228,8 +228,8 @@ def build(config: Config) -> Run:
         f"{config.model.name}, {parameters / 1e6:.2f} M parameters, {precision}"
         + (f" (no {config.train.precision} on this processor)" if precision != config.train.precision else "")
         + f", channels-last{', compiled' if config.train.compile else ''}, {runtime.world} × {device.type}",
-        f"global batch {plan.global_batch}: {runtime.world} × {plan.accumulation} forwards of {plan.largest_slice} at most; "
-        f"learning rate {lr:g}; {plan.steps_per_epoch} steps an epoch, {total_steps} in all",
+        f"global batch {plan.global_batch}: {runtime.world} × {plan.accumulation} forwards of {plan.largest_slice} at most"
+        f"; learning rate {lr:g}; {plan.steps_per_epoch} steps an epoch, {total_steps} in all",
         *([f"continuing {newest}: step {progress.step} of {total_steps}"] if newest else []),
     ):
         log.message(line)

@@ -25,6 +25,7 @@ from distrib.data.order import EvalPlan, Slice, TrainPlan
 from distrib.data.quarantine import Quarantine
 from distrib.faults import STOP_SIGNALS
 
+JPEG=b'\xff\xd8'
 Bad = list[tuple[int, str]]  # samples that could not be read, and why
 
 
@@ -34,9 +35,12 @@ def decode(path: Path, size: Sequence[int]) -> torch.Tensor:
     Raises:
         RuntimeError, OSError: the file cannot be read, or its size is not ``size`` (height, width).
     """
+    encoded = read_file(str(path))
     try:
-        image = decode_image(read_file(str(path)), mode=ImageReadMode.RGB)
-    except RuntimeError:  # what libjpeg and libpng refuse and PIL may know: BMP, odd colour spaces
+        if bytes(encoded[:2].numpy()) != JPEG:
+            raise RuntimeError("not a JPEG")
+        image = decode_image(encoded, mode=ImageReadMode.RGB)
+    except RuntimeError:
         with Image.open(path) as picture:
             image = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
     if tuple(image.shape[1:]) != tuple(int(side) for side in size):

@@ -56,11 +56,12 @@ def effective_precision(precision: str, device: torch.device) -> str:
     return "bf16" if {"avx512_bf16", "amx_bf16", "bf16"} & set(flags) else "fp32"
 
 
-def wrap(objective: Objective, cfg: TrainConfig, runtime: Runtime, accumulates: bool) -> tuple[Any, Any]:
+def wrap(objective: Objective, cfg: TrainConfig, runtime: Runtime) -> tuple[Any, Any]:
     """Returns (what the step calls, the DDP module in it, or None for one process).
 
     Buffers are not broadcast: each rank keeps the batch-norm statistics of its own images, and they are averaged
-    where somebody reads them (``engine.state``).
+    where somebody reads them (``engine.state``). Without ``static_graph``: it lays the buckets out anew after some
+    steps, not after the first, so that a resumed run would sum in another order than ``warm_up`` can bring about.
     """
     ddp = None
     if runtime.world > 1:
@@ -69,7 +70,6 @@ def wrap(objective: Objective, cfg: TrainConfig, runtime: Runtime, accumulates: 
             device_ids=[runtime.device.index] if runtime.device.type == "cuda" else None,
             broadcast_buffers=False,
             gradient_as_bucket_view=True,
-            static_graph=not accumulates,  # no_sync() makes the graph differ from one backward to the next
         )
     module: Any = ddp if ddp is not None else objective
     return (torch.compile(module, dynamic=False) if cfg.compile else module), ddp

@@ -53,8 +53,12 @@ class TrainState:
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Continues from what ``capture`` returned, on any number of ranks."""
         self._model.load_state_dict(saved["model"])
+        own = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
         self._optimizer.load_state_dict(saved["optimizer"])
-        self._scaler.load_state_dict(saved["scaler"])
+        for group, options in zip(self._optimizer.param_groups, own, strict=True):
+            group.update(options)  # this start's, where weight decay, momentum or the device have changed
+        if saved["scaler"]:  # empty where the run was not fp16 before
+            self._scaler.load_state_dict(saved["scaler"])
         if self._ema is not None:  # an EMA that begins with this resume begins at the weights
             self._ema.load_state_dict(saved.get("ema", saved["model"]))
         rows = saved["statistics"]

@@ -1,0 +1,1 @@
+"""Programs around the trainer. Each stands alone: ``python -m distrib.tools.NAME --help``."""
