@@ -179,61 +179,65 @@ class Run:
 def build(config: Config) -> Run:
     """Makes every part, continues from the newest valid checkpoint where there is one, and says what it resolved."""
     runtime = start()
-    notify = partial(print, flush=True) if runtime.is_main else partial(print, file=sys.stderr, flush=True)
-    main_notify = notify if runtime.is_main else (lambda text: None)
-    indexes = runtime.main_first(lambda: open_data(config.data, config.model.num_classes, main_notify))
+    device, precision = runtime.device, effective_precision(config.train.precision, runtime.device)
+    say = partial(print, file=sys.stdout if runtime.is_main else sys.stderr, flush=True)
+    say_once = say if runtime.is_main else (lambda text: None)
+    indexes = runtime.main_first(lambda: open_data(config.data, config.model.num_classes, say_once))
+    data = indexes[0].fingerprint if indexes else f"synthetic {config.data.synthetic.train}"
     plan, eval_plan = make_plans(config, indexes, runtime)
     total_steps = config.train.steps or max(1, round(config.train.epochs * plan.steps_per_epoch))
-    data = indexes[0].fingerprint if indexes is not None else f"synthetic {plan.images}"
 
     folder = RunFolder(config.run.dir)
     console = ConsoleSink(total_steps) if runtime.is_main else None
     log = Log([console] if console else [])
-    newest = runtime.on_main(lambda: checkpoint.newest_valid(folder.checkpoints, log.warning))
+    warn = (lambda text: log.warning(text)) if runtime.is_main else say  # of the log as it is then
+    newest = runtime.on_main(lambda: checkpoint.newest_valid(folder.checkpoints, warn))
     saved = checkpoint.load(newest) if newest else None
-    progress = Progress(**saved["progress"]) if saved else Progress()
     if saved and newest:
-        check_resumable(saved, config, data, newest, log.warning)
+        check_resumable(saved, config, data, newest, log.message)
+    progress = Progress(**saved["progress"]) if saved else Progress()
 
-    # From here on the run folder is written to.
-    checkpointer = runtime.on_main_only(lambda: Checkpointer(folder.checkpoints, config.checkpoint.keep, log.warning))
+    torch.manual_seed(config.run.seed)
+    network = build_model(config.model).to(memory_format=torch.channels_last).to(device)
+    loader = build_loader(config.data, indexes, config.model.num_classes, device, folder.bad_samples, warn)
+
+    # What the user may have got wrong has been looked at: from here on the run folder is written to.
+    checkpointer = runtime.on_main_only(lambda: Checkpointer(folder.checkpoints, config.checkpoint.keep, warn))
     if console is not None:
         folder.write_config(config)
         for file in (folder.metrics, *folder.trace.glob("*.jsonl")):
             truncate_jsonl(file, progress.step)
-        run_config = config.model_dump(mode="json")
-        wandb = WandbSink(config.wandb, progress.wandb_id, config.run.name, folder.path, run_config, log.warning)
+        values = config.model_dump(mode="json")
+        wandb = WandbSink(config.wandb, progress.wandb_id, config.run.name, folder.path, values, warn)
         log = Log([console, JsonlSink(folder.metrics), wandb])
-    runtime.barrier()
+    runtime.barrier()  # the traces are cut; the ranks may open them
 
-    torch.manual_seed(config.run.seed)
-    device, precision = runtime.device, effective_precision(config.train.precision, runtime.device)
-    network = build_model(config.model).to(memory_format=torch.channels_last).to(device)
-    objective = Objective(
-        network, config.data.mean, config.data.std, DTYPES[precision], config.train.label_smoothing
-    ).to(device)
+    lr = peak_lr(config.optim, plan.global_batch)
+    log.message(
+        f"{config.model.name}, {sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters; "
+        f"{runtime.world} × {device.type}, {precision}"
+        + (f" ({config.train.precision} is not for this processor)" if precision != config.train.precision else "")
+        + f", channels-last{', compiled' if config.train.compile else ''}"
+    )
+    log.message(
+        f"global batch {plan.global_batch}: {runtime.world} × {plan.accumulation} forwards of at most "
+        f"{plan.largest_slice}; learning rate {lr:g}; {plan.steps_per_epoch} steps an epoch, {total_steps} in all"
+    )
+
+    smoothing = config.train.label_smoothing
+    objective = Objective(network, config.data.mean, config.data.std, DTYPES[precision], smoothing).to(device)
     call, ddp = wrap(objective, config.train, runtime)
     if ddp is not None or config.train.compile:
         warm_up(call, objective, plan.largest_slice, config.data.size, device)
-    lr = peak_lr(config.optim, plan.global_batch)
     optimizer = build_optimizer(network, config.optim, lr)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     ema = Ema(network, config.ema) if config.ema else None
     state = TrainState(network, optimizer, scaler, ema, runtime)
     if saved:
         state.restore(saved)
-
-    parameters = sum(p.numel() for p in network.parameters())
-    for line in (
-        f"{config.model.name}, {parameters / 1e6:.2f} M parameters, {precision}"
-        + (f" (no {config.train.precision} on this processor)" if precision != config.train.precision else "")
-        + f", channels-last{', compiled' if config.train.compile else ''}, {runtime.world} × {device.type}",
-        f"global batch {plan.global_batch}: {runtime.world} × {plan.accumulation} forwards of {plan.largest_slice} at most"
-        f"; learning rate {lr:g}; {plan.steps_per_epoch} steps an epoch, {total_steps} in all",
-        *([f"continuing {newest}: step {progress.step} of {total_steps}"] if newest else []),
-    ):
-        log.message(line)
-
+        log.message(f"continuing {newest}: step {progress.step} of {total_steps}")
+    batch, clip = plan.global_batch, config.train.clip_grad_norm
+    step = TrainStep(call, ddp, optimizer, scaler, ema, world=runtime.world, global_batch=batch, clip_grad_norm=clip)
     return Run(
         config=config,
         runtime=runtime,
@@ -241,22 +245,16 @@ def build(config: Config) -> Run:
         log=log,
         plan=plan,
         eval_plan=eval_plan,
-        loader=build_loader(
-            config.data, indexes, config.model.num_classes, device, folder.bad_samples,
-            log.warning if runtime.is_main else notify,
-        ),
+        loader=loader,
         state=state,
-        step=TrainStep(
-            call, ddp, optimizer, scaler, ema,
-            world=runtime.world, global_batch=plan.global_batch, clip_grad_norm=config.train.clip_grad_norm,
-        ),
+        step=step,
         evaluator=Evaluator(objective, ["model", "ema"] if ema else ["model"], config.train.compile),
         checkpointer=checkpointer,
         schedule=build_schedule(config.schedule, lr, plan.steps_per_epoch, total_steps),
         total_steps=total_steps,
         data=data,
         progress=progress,
-    )  # fmt: skip
+    )
 
 
 def make_plans(config: Config, indexes: tuple[Index, Index] | None, runtime: Runtime) -> tuple[TrainPlan, EvalPlan]:

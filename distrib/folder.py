@@ -87,7 +87,8 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _versions() -> list[str]:
-    return [f"{d.name} {d.version}" for d in distributions() if d.name in PACKAGES]
+    installed = {d.name: d.version for d in distributions()}
+    return [f"{name} {installed[name]}" for name in PACKAGES if name in installed]
 
 
 def _git_revision() -> str:
