@@ -136,7 +136,7 @@ def start() -> Runtime:
     else:
         device = torch.device("cpu")
         # torchrun sets OMP_NUM_THREADS=1 where nobody set it; on a CPU run that would leave cores idle.
-        if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
             torch.set_num_threads(max(1, _cores() // local_world))
     control = None
     if world > 1:

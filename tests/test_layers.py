@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the top. A name stands for the module or the whole package. A unit imports units of lower layers only.
 LAYERS = (
     ("train", "distrib.tools"),
-    ("distrib.engine", "distrib.checkpoint", "distrib.log", "distrib.metrics"),
+    ("distrib.engine", "distrib.checkpoint", "distrib.folder", "distrib.log", "distrib.metrics"),
     ("distrib.data", "distrib.models", "distrib.optim", "distrib.augment"),
     ("distrib.runtime", "distrib.faults"),
     ("distrib.cli",),
@@ -21,7 +21,7 @@ LAYERS = (
     ("distrib",),  # the package itself: its version
 )
 DEPTH = {unit: depth for depth, layer in enumerate(LAYERS) for unit in layer}
-APART = ("distrib.tools",)  # programs: the modules of such a package do not import each other either
+APART = ("distrib.tools",)  # programs, each a module or a sub-package, that do not import each other either
 LAUNCH_MAY = ("distrib.config", "distrib.cli")
 WITHOUT_TORCH = ("launch", "distrib", "distrib.config", "distrib.cli")  # a login node has none
 OURS = ("distrib", "launch", "train", "tests", "benchmarks")
@@ -83,11 +83,15 @@ def forbidden(importer: str, imported: str) -> str | None:
         what = "is in no layer of tests/test_layers.py" if top == "distrib" else "lies above all layers"
         return f"{there} {what}"
     if here == there:
-        own = here in APART and imported != importer
-        return f"the modules of {here} do not import each other" if own else None
+        other = here in APART and _program(importer, here) != _program(imported, here)
+        return f"the programs of {here} do not import each other" if other else None
     if DEPTH[here] == DEPTH[there]:
         return "they stand side by side on one layer"
     return None if DEPTH[here] < DEPTH[there] else "imports run downward only"
+
+
+def _program(module: str, package: str) -> str:
+    return module.removeprefix(package).lstrip(".").partition(".")[0]
 
 
 def violations(sources: Mapping[str, str]) -> list[str]:
