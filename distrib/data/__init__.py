@@ -62,9 +62,9 @@ def build_loader(
             from distrib.data.dali import DaliLoader
 
             return DaliLoader(cfg, train, val, device, bad)
-        except ImportError:
+        except ImportError as error:
             notify(
-                "nvidia-dali is not installed (pip install 'distrib[cuda13]' or '[cuda12]', Linux only): "
+                f"nvidia.dali cannot be imported ({error}; pip install 'distrib[cuda13]' or '[cuda12]', Linux only): "
                 "loading with torchvision's worker processes, the same batches but slower"
             )
     from distrib.data.workers import WorkerLoader

@@ -27,30 +27,35 @@ Feed = tuple[Any, ...]  # what one run of the graph is fed with: lists and array
 
 
 @pipeline_def
-def _train_graph(source: Any, size: int, decoder: str) -> Any:
+def _train_graph(source: Any, size: int, decoder: str, crop_in_resize: bool, on_gpu: bool) -> Any:
     files, top_left, shape, mirrored = fn.external_source(source=source, num_outputs=4, batch=True)
     encoded = fn.io.file.read(files)
     resize = {"size": [size, size], "interp_type": types.INTERP_LINEAR, "antialias": True}
-    if decoder == "mixed":
-        # nvImageCodec 0.9, which DALI 2.3 and 2.4 bring, crashes when it decodes a region on a GPU (nvImageCodec
-        # issue 55). So the whole image is decoded and the resize reads the box alone.
-        images = fn.decoders.image(encoded, device="mixed", adjust_orientation=False)
+    if crop_in_resize:
+        images = fn.decoders.image(encoded, device=decoder, adjust_orientation=False)
         images = fn.resize(images, roi_start=top_left, roi_end=top_left + shape, **resize)
     else:
         images = fn.decoders.image_slice(
             encoded, fn.cast(top_left, dtype=types.INT32), fn.cast(shape, dtype=types.INT32),
-            device="cpu", axis_names="HW", adjust_orientation=False,
+            device=decoder, axis_names="HW", adjust_orientation=False,
         )  # fmt: skip
         images = fn.resize(images, **resize)
-    return fn.flip(images, horizontal=mirrored)
+    return _to_device(fn.flip(images, horizontal=mirrored), decoder, on_gpu)
 
 
 @pipeline_def
-def _eval_graph(source: Any, size: int, decoder: str) -> Any:
+def _eval_graph(source: Any, size: int, decoder: str, crop_in_resize: bool, on_gpu: bool) -> Any:
     files, resized, top_left = fn.external_source(source=source, num_outputs=3, batch=True)
     images = fn.decoders.image(fn.io.file.read(files), device=decoder, adjust_orientation=False)
     images = fn.resize(images, size=resized, interp_type=types.INTERP_LINEAR, antialias=True)
-    return fn.slice(images, start=fn.cast(top_left, dtype=types.INT32), shape=[size, size], axis_names="HW")
+    images = fn.slice(images, start=fn.cast(top_left, dtype=types.INT32), shape=[size, size], axis_names="HW")
+    return _to_device(images, decoder, on_gpu)
+
+
+def _to_device(images: Any, decoder: str, on_gpu: bool) -> Any:
+    # DALI copies what the CPU decoded to the GPU itself: were it torch's asynchronous copy, DALI could reuse the host
+    # buffer before the copy has read it.
+    return images.gpu() if on_gpu and decoder == "cpu" else images
 
 
 class _Feeder:
@@ -76,8 +81,18 @@ class _Feeder:
         self.pending.clear()
 
     def samples(self, part: Slice) -> Ids:
-        """The samples to read for a slice, int64 [n]; -1 for none."""
-        raise NotImplementedError
+        """The samples to read for a slice, int64 [n]: its own, and stand-ins for bad ones.
+
+        In evaluation too a stand-in keeps the batch's shape; a label of -1 takes it out again. A sample without a size
+        has no box to read, whatever DALI may make of the file, and the worker loader refuses it as well.
+        """
+        while True:
+            ids = self.bad.replace(part.ids)
+            unsized = ids[self.index.sizes[ids].min(axis=1) == 0]
+            if not len(unsized):
+                return ids
+            for sample in unsized.tolist():
+                self.bad.add(sample, self.index.path(sample), "its header cannot be read")
 
     def feed(self, part: Slice, ids: Ids) -> Feed:
         """The graph's inputs for a slice."""
@@ -90,9 +105,6 @@ class _TrainFeeder(_Feeder):
     def __init__(self, plan: TrainPlan, first: int, last: int, *args: Any) -> None:
         super().__init__(plan.stream(first, last), *args)
         self.seed, self.size = plan.seed, self.cfg.size
-
-    def samples(self, part: Slice) -> Ids:
-        return self.bad.replace(part.ids)
 
     def feed(self, part: Slice, ids: Ids) -> Feed:
         uniform = draws(self.seed, part.epoch, part.positions)
@@ -108,10 +120,6 @@ class _EvalFeeder(_Feeder):
     def __init__(self, plan: EvalPlan, *args: Any) -> None:
         super().__init__(iter(plan.slices()), *args)
         self.size = self.cfg.eval_size
-
-    def samples(self, part: Slice) -> Ids:
-        # A stand-in is decoded in a bad image's place, to keep the batch's shape; its label of -1 takes it out again.
-        return self.bad.replace(part.ids)
 
     def feed(self, part: Slice, ids: Ids) -> Feed:
         resized, top_left = centre_boxes(self.index.sizes[ids], self.cfg.eval_resize, self.cfg.eval_size)
@@ -130,6 +138,9 @@ class DaliLoader:
         if cfg.decoder == "mixed" and not on_gpu:
             raise UserError("data.decoder is mixed, but this run has no GPU: set data.decoder=auto")
         self._decoder = {"auto": "mixed" if on_gpu else "cpu"}.get(cfg.decoder, cfg.decoder)
+        # nvImageCodec 0.9, which DALI 2.3 and 2.4 bring, crashes when it decodes a region on a GPU (nvImageCodec
+        # issue 55). There the whole image is decoded and the resize reads the box alone.
+        self._crop_in_resize = self._decoder == "mixed"
 
     def train(self, plan: TrainPlan, first: int, last: int) -> Iterator[Batch]:
         """The batches of steps first … last - 1."""
@@ -154,7 +165,7 @@ class DaliLoader:
                 # DALI does not say which file failed, and a pipeline that failed is spent. Find the bad ones among
                 # what is in flight, and go on from there with a new pipeline.
                 if not self._name_bad(feeder):
-                    raise RuntimeError(f"DALI failed, though it reads each file alone: {error}") from error
+                    raise RuntimeError(f"DALI failed, and not over single bad files: {error}") from error
                 feeder.rewind()
                 pipeline = self._pipeline(feeder, feeder, largest)
                 continue
@@ -172,6 +183,8 @@ class DaliLoader:
             source=source,
             size=feeder.size,
             decoder=self._decoder,
+            crop_in_resize=self._crop_in_resize,
+            on_gpu=self._device.type == "cuda",
             batch_size=largest,
             num_threads=max(1, self._cfg.workers),
             device_id=self._device.index if self._device.type == "cuda" else None,
@@ -183,17 +196,26 @@ class DaliLoader:
 
     def _name_bad(self, feeder: _Feeder) -> bool:
         """Runs the same graph on each sample in flight alone and quarantines those it cannot read; False for none."""
+        parts = [(part, ids, row) for part, ids in feeder.pending for row in range(len(ids))]
+        ones = deque(Slice(p.epoch, p.positions[row : row + 1], ids[row : row + 1]) for p, ids, row in parts)
         tried, failed = 0, []
-        for part, ids in feeder.pending:
-            for row, sample in enumerate(ids.tolist()):
-                one = Slice(part.epoch, part.positions[row : row + 1], ids[row : row + 1])
+        while ones:
+            # One pipeline for all up to the first that fails: on a GPU it costs far more to build than to run.
+            pipeline = self._pipeline(feeder, iter([feeder.feed(one, one.ids) for one in ones]), 1)
+            try:
+                while ones:
+                    pipeline.run()
+                    ones.popleft()
+                    tried += 1
+            except RuntimeError:
+                one = ones.popleft()  # perhaps: a pipeline may fail early, over one that it has only prefetched
                 tried += 1
                 try:
                     self._pipeline(feeder, iter([feeder.feed(one, one.ids)]), 1).run()
                 except RuntimeError as error:
-                    failed.append((sample, _reason(error)))
-                if tried == len(failed) == MIN_HEALTHY:
-                    return False  # not one of so many could be read: the graph is at fault, not the files
+                    failed.append((int(one.ids[0]), _reason(error)))
+            if len(failed) == tried >= MIN_HEALTHY:
+                return False  # not one of so many could be read: the graph is at fault, not the files
         for sample, reason in failed:
             feeder.bad.add(sample, feeder.index.path(sample), reason)
         return bool(failed)
@@ -202,4 +224,5 @@ class DaliLoader:
 def _reason(error: RuntimeError) -> str:
     """What DALI encountered, in one line, without the graph's and the library's stacks."""
     told = str(error).partition("encountered:")[2] or str(error)
-    return next((line.strip() for line in told.splitlines() if line.strip()), "DALI cannot read it")[:300]
+    line = next((line.strip() for line in told.splitlines() if line.strip()), "DALI cannot read it")
+    return "cannot be decoded" if line.startswith("Failed to decode sample") else line[:300]

@@ -59,8 +59,8 @@ def crop_boxes(
 
     none = ~fits.any(axis=1)  # then the largest centred box whose aspect lies in the range
     shape = width / np.maximum(height, 1)
-    h = np.where(none, np.where(shape < ratio[0], np.rint(width / ratio[0]), height), h)
-    w = np.where(none, np.where(shape > ratio[1], np.rint(height * ratio[1]), width), w)
+    h = np.where(none, np.where(shape < ratio[0], np.maximum(np.rint(width / ratio[0]), 1), height), h)
+    w = np.where(none, np.where(shape > ratio[1], np.maximum(np.rint(height * ratio[1]), 1), width), w)
     top = np.where(none, (height - h) // 2, top)
     left = np.where(none, (width - w) // 2, left)
     return np.stack([top, left, h, w], axis=1).astype(np.int32)

@@ -10,10 +10,11 @@ the file's header cannot be read) and ``meta.json``, written last.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -60,11 +61,11 @@ class Index:
 
     def path(self, sample: int) -> Path:
         """The file of a sample."""
-        return self.root / bytes(self._paths[self._offsets[sample] : self._offsets[sample + 1]]).decode()
+        return self.root / os.fsdecode(bytes(self._paths[self._offsets[sample] : self._offsets[sample + 1]]))
 
     def encoded_paths(self, samples: Iterable[int]) -> list[npt.NDArray[np.uint8]]:
         """Absolute file names as uint8 arrays: what DALI's file reader is fed with, without a string each."""
-        prefix = np.frombuffer(f"{self.root}/".encode(), dtype=np.uint8)
+        prefix = np.frombuffer(os.fsencode(f"{self.root}/"), dtype=np.uint8)
         return [
             np.concatenate([prefix, self._paths[self._offsets[sample] : self._offsets[sample + 1]]])
             for sample in samples
@@ -81,16 +82,15 @@ def open_index(
     """
     source = root.absolute() / split
     folders = _class_folders(source)
-    base = Path(index_dir) if index_dir else cache_dir() / "index"
-    folder = base / f"{split}-{hashlib.sha256(str(source).encode()).hexdigest()[:16]}"
     # Adding or removing a file changes its folder's time: one stat a class tells, not one a file.
     stamps = [os.stat(source / name).st_mtime_ns for name in folders]
-    try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        if (meta["version"], meta["root"], meta["classes"], meta["stamps"]) == (VERSION, str(source), folders, stamps):
-            return Index(folder)
-    except (OSError, ValueError, KeyError):
-        pass
+    expected = {"version": VERSION, "root": str(source), "classes": folders, "stamps": stamps}
+    # All that is in the name, so that an index is never replaced under a process that reads it: changed data get
+    # another one. Old ones may be deleted.
+    base = Path(index_dir).expanduser() if index_dir else cache_dir() / "index"
+    folder = base / f"{split}-{hashlib.sha256(json.dumps(expected).encode()).hexdigest()[:16]}"
+    if expected.items() <= _meta(folder).items():
+        return Index(folder)
     notify(f"indexing {source}: {len(folders)} classes, once")
     listing = [(name, _images(source / name)) for name in folders]
     empty = [name for name, files in listing if not files]
@@ -118,10 +118,12 @@ def write_index(
 ) -> Index:
     """Writes an index beside ``folder`` and renames it into place, so that a reader never sees half of one.
 
+    Several processes may do so at once, such as two jobs with a shared home: the first one's index stays.
+
     Raises:
         UserError: the folder cannot be written.
     """
-    encoded = [path.encode() for path in paths]
+    encoded = [os.fsencode(path) for path in paths]  # names that are not UTF-8 too
     offsets = np.zeros(len(paths) + 1, dtype=np.int64)
     np.cumsum([len(path) for path in encoded], out=offsets[1:])
     blob = b"".join(encoded)
@@ -129,21 +131,46 @@ def write_index(
     meta = {"version": VERSION, "root": str(root), "classes": classes, "fingerprint": digest, **(extra or {})}
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=".index-", dir=folder.parent))
-        arrays: dict[str, npt.NDArray[Any]] = {
-            "paths": np.frombuffer(blob, dtype=np.uint8),
-            "offsets": offsets,
-            "labels": labels,
-            "sizes": sizes,
-        }
-        for name, array in arrays.items():
-            np.save(work / f"{name}.npy", array)
-        (work / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(work, folder)
+        with tempfile.TemporaryDirectory(prefix=".index-", dir=folder.parent) as scratch:
+            work = Path(scratch) / "index"
+            work.mkdir()  # for all who may read here; the scratch folder is for its owner alone
+            arrays: dict[str, npt.NDArray[Any]] = {
+                "paths": np.frombuffer(blob, dtype=np.uint8),
+                "offsets": offsets,
+                "labels": labels,
+                "sizes": sizes,
+            }
+            for name, array in arrays.items():
+                np.save(work / f"{name}.npy", array)
+            (work / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+            while not _renamed(work, folder) and _meta(folder) != meta:
+                # A damaged one. It leaves in one step, because another process may be putting its own here.
+                with contextlib.suppress(FileNotFoundError):
+                    os.rename(folder, tempfile.mkdtemp(prefix="old-", dir=scratch))
+            return Index(folder)
     except OSError as error:
         raise UserError(f"cannot write the index to {folder.parent}: {error.strerror}: set data.index_dir") from None
-    return Index(folder)
+
+
+def _renamed(work: Path, folder: Path) -> bool:
+    """Renames ``work`` to ``folder``, unless there is one already."""
+    try:
+        os.rename(work, folder)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return False
+        raise
+    return True
+
+
+def _meta(folder: Path) -> dict[str, Any]:
+    """What ``folder``'s index says of itself; nothing where there is none that can be opened."""
+    try:
+        Index(folder)
+        meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError):
+        return {}
+    return meta
 
 
 def check_same_classes(train: Index, val: Index) -> None:

@@ -22,6 +22,8 @@ class Quarantine:
         self._path, self._notify = path, notify
         self._bad: set[int] = set()
         self._read()
+        if path is not None and 0 < count <= len(self._bad):
+            raise UserError(f"{path} calls all {count} images of {split}/ unreadable: mend them, then delete that file")
 
     def __len__(self) -> int:
         return len(self._bad)

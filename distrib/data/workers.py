@@ -25,7 +25,8 @@ from distrib.data.order import EvalPlan, Slice, TrainPlan
 from distrib.data.quarantine import Quarantine
 from distrib.faults import STOP_SIGNALS
 
-JPEG=b'\xff\xd8'
+JPEG = b"\xff\xd8"  # how a JPEG file begins
+
 Bad = list[tuple[int, str]]  # samples that could not be read, and why
 
 
@@ -35,17 +36,30 @@ def decode(path: Path, size: Sequence[int]) -> torch.Tensor:
     Raises:
         RuntimeError, OSError: the file cannot be read, or its size is not ``size`` (height, width).
     """
+    if min(size) == 0:
+        raise RuntimeError("its header cannot be read")
     encoded = read_file(str(path))
     try:
-        if bytes(encoded[:2].numpy()) != JPEG:
+        if bytes(encoded[:2].numpy()) != JPEG:  # only those: torchvision's PNG decoder crashes on some corrupt files
             raise RuntimeError("not a JPEG")
         image = decode_image(encoded, mode=ImageReadMode.RGB)
-    except RuntimeError:
-        with Image.open(path) as picture:
-            image = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+    except RuntimeError:  # PIL reads the other formats, and JPEGs of colour spaces that libjpeg does not convert
+        image = _decode_with_pil(path)
     if tuple(image.shape[1:]) != tuple(int(side) for side in size):
         raise RuntimeError(f"it is {image.shape[2]}×{image.shape[1]} now, the index says {size[1]}×{size[0]}")
     return image
+
+
+def _decode_with_pil(path: Path) -> torch.Tensor:
+    try:
+        with Image.open(path) as picture:
+            if picture.mode.startswith("I;16"):  # 16-bit grey, whose values `convert` would cut off at 255
+                pixels = (np.asarray(picture) >> 8).astype(np.uint8)[..., None].repeat(3, axis=2)
+            else:
+                pixels = np.array(picture.convert("RGB"))
+    except Exception as error:  # a broken file makes PIL raise almost anything: SyntaxError, DecompressionBombError …
+        raise RuntimeError(_first_line(error)) from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 class _TrainSlices(Dataset[Any]):
@@ -66,6 +80,8 @@ class _TrainSlices(Dataset[Any]):
         bad: Bad = []
         for row, sample in enumerate(part.ids.tolist()):
             image, read = self._read(sample, bad)
+            if image is None:
+                break  # not one can be read: the quarantine stops the run when it gets this list
             if read != sample:
                 shape = self._index.sizes[read : read + 1]
                 boxes[row] = crop_boxes(uniform[row : row + 1], shape, self._cfg.scale, self._cfg.ratio)[0]
@@ -75,17 +91,17 @@ class _TrainSlices(Dataset[Any]):
             labels[row] = int(self._index.labels[read])
         return images, labels, part, bad
 
-    def _read(self, sample: int, bad: Bad) -> tuple[torch.Tensor, int]:
-        """The sample, or the first good one after it; as Quarantine.replace does."""
+    def _read(self, sample: int, bad: Bad) -> tuple[torch.Tensor | None, int]:
+        """The sample, or the first good one after it, as Quarantine.replace does; None where there is no good one."""
         for _ in range(len(self._index)):
             if sample not in self._bad:
                 try:
                     return decode(self._index.path(sample), self._index.sizes[sample]), sample
-                except (RuntimeError, OSError, ValueError) as error:
+                except (RuntimeError, OSError) as error:
                     bad.append((sample, _first_line(error)))
                     self._bad.add(sample)
             sample = (sample + 1) % len(self._index)
-        raise RuntimeError("no image of the training set can be read")
+        return None, sample
 
 
 class _EvalSlices(Dataset[Any]):
@@ -105,7 +121,7 @@ class _EvalSlices(Dataset[Any]):
         for row, sample in enumerate(part.ids.tolist()):
             try:
                 image = decode(self._index.path(sample), self._index.sizes[sample])
-            except (RuntimeError, OSError, ValueError) as error:
+            except (RuntimeError, OSError) as error:
                 bad.append((sample, _first_line(error)))
                 labels[row] = -1
                 continue

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -101,14 +101,15 @@ class Report:
         head = self._head
         lines = [f"{head[key]}" for key in ("hardware", "software")]
         lines.append(f"{head['date']}, load before {head['load_before']}")
-        table = [("", "unit", "median", "min", "max", "runs", "goal")]
+        table: list[tuple[str, ...]] = [("", "unit", "median", "min", "max", "runs", "goal")]
         for row in self.rows():
             spread = (number(value, row.unit) for value in (row.median, min(row.values), max(row.values)))
             goal = f"{row.goal[0]} {row.goal[1]:g}: {'met' if row.met else 'MISSED'}" if row.goal else ""
             table.append((row.name, row.unit, *spread, str(len(row.values)), goal))
         widths = [max(len(line[k]) for line in table) for k in range(len(table[0]))]
         for line in table:
-            cells = [cell.ljust(w) if k in (0, 1, 6) else cell.rjust(w) for k, (cell, w) in enumerate(zip(line, widths))]
+            columns = enumerate(zip(line, widths, strict=True))
+            cells = [cell.ljust(width) if k in (0, 1, 6) else cell.rjust(width) for k, (cell, width) in columns]
             lines.append("  ".join(cells).rstrip())
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
@@ -136,12 +137,7 @@ def hardware() -> str:
 
 def software() -> str:
     """Versions in a line."""
-    found = []
-    for name in PACKAGES:
-        try:
-            found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            continue
+    found = [f"{package.name} {package.version}" for package in distributions() if package.name in PACKAGES]
     cuda = f", CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}" if torch.cuda.is_available() else ""
     return f"Python {platform.python_version()}, {', '.join(found)}{cuda}"
 

@@ -1,0 +1,498 @@
+"""distrib.engine: one step is the global batch's mean gradient however it is cut; the state comes back to the bit."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional
+
+from distrib.config import EmaConfig, OptimConfig, TrainConfig
+from distrib.data import Batch, TrainPlan
+from distrib.engine.prepare import Objective, effective_precision, warm_up, wrap
+from distrib.engine.state import TrainState
+from distrib.engine.step import TrainStep
+from distrib.models.resnet import Architecture, BasicBlock, ResNet
+from distrib.optim import Ema, build_optimizer
+from distrib.runtime import Runtime
+
+MEAN, STD = (120.0, 110.0, 100.0), (60.0, 50.0, 40.0)
+IMAGES, CLASSES, SIZE = 40, 5, 8
+ALONE = Runtime(0, 1, 0, 1, torch.device("cpu"))
+CUTS = [(11, 1), (11, 2), (17, 3)]  # (global batch, slices): none divides by 2 or 3 ranks
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# Real ranks
+
+
+def run_ranks(folder: Path, world: int, body: Callable[..., Any], *args: Any) -> list[Any]:
+    """What ``body(runtime, *args)`` returns on each of ``world`` ranks: processes on the CPU, joined by gloo."""
+    context = get_context("forkserver")  # imports torch once, for all ranks of the session
+    context.set_forkserver_preload(["distrib.engine.evaluate", "distrib.engine.step", "distrib.models"])
+    folder.mkdir(exist_ok=True)
+    processes = [context.Process(target=_rank, args=(folder, rank, world, body, args)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + 120
+    for process in processes:
+        process.join(max(0, deadline - time.monotonic()))
+    for process in processes:
+        process.kill()
+    assert [process.exitcode for process in processes] == [0] * world
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def _rank(folder: Path, rank: int, world: int, body: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    runtime = Runtime(rank, world, rank, world, torch.device("cpu"), dist.new_group(backend="gloo"))
+    torch.save(body(runtime, *args), folder / f"{rank}.pt")
+    runtime.close()
+
+
+# A small run
+
+
+class Recorder(torch.optim.SGD):
+    """Keeps the gradients that it was given."""
+
+    gradients: list[torch.Tensor]
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.gradients = [p.grad.clone() for group in self.param_groups for p in group["params"]]
+        super().step()
+
+
+def plain_net() -> nn.Module:
+    """Without batch norm: no image's result depends on its neighbours."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, CLASSES)
+    )
+
+
+def norm_net() -> nn.Module:
+    torch.manual_seed(0)
+    return ResNet(Architecture(BasicBlock, (1, 1, 1), width=8, stem="small"), CLASSES)
+
+
+def pool() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(256, (IMAGES, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
+    return images, torch.randint(CLASSES, (IMAGES,), generator=generator)
+
+
+def make_batches(plan: TrainPlan, step: int) -> list[Batch]:
+    images, labels = pool()
+    return [
+        Batch(images[part.ids].contiguous(memory_format=torch.channels_last), labels[part.ids], part.ids)
+        for part in plan.slices(step)
+    ]
+
+
+def make_step(call: Any, ddp: Any, optimizer: Any, plan: TrainPlan, **settings: Any) -> TrainStep:
+    scaler = settings.pop("scaler", torch.amp.GradScaler("cpu", enabled=False))
+    ema = settings.pop("ema", None)
+    return TrainStep(call, ddp, optimizer, scaler, ema, world=plan.world, global_batch=plan.global_batch, **settings)
+
+
+def gradients(
+    runtime: Runtime, global_batch: int, accumulation: int, **settings: Any
+) -> tuple[list[torch.Tensor], float]:
+    """One step of the plain net: what the optimizer was given, and the summed loss."""
+    plan = TrainPlan(IMAGES, global_batch, 0, runtime.rank, runtime.world, accumulation)
+    smoothing, dtype = settings.pop("smoothing", 0.0), settings.pop("dtype", torch.float32)
+    objective = Objective(plain_net(), MEAN, STD, dtype, smoothing)
+    call, ddp = wrap(objective, TrainConfig(compile=False), runtime)
+    optimizer = Recorder(objective.parameters(), lr=0.1)
+    loss = make_step(call, ddp, optimizer, plan, **settings)(make_batches(plan, 1), 1, 0.1)
+    assert all(p.grad is None for p in objective.parameters())
+    return optimizer.gradients, float(loss)
+
+
+def written_out(global_batch: int, smoothing: float = 0.0) -> tuple[list[torch.Tensor], float]:
+    """Mean gradient and summed loss of the same global batch, in plain torch."""
+    (batch,) = make_batches(TrainPlan(IMAGES, global_batch, 0), 1)
+    net = plain_net()
+    x = (batch.images.float() - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
+    log_p = functional.log_softmax(net(x), dim=1)
+    right = log_p[torch.arange(global_batch), batch.labels]
+    losses = -(1 - smoothing) * right - smoothing * log_p.mean(dim=1)
+    return list(torch.autograd.grad(losses.mean(), list(net.parameters()))), float(losses.detach().sum())
+
+
+def assert_close(ours: list[torch.Tensor], expected: list[torch.Tensor], tolerance: float = 1e-6) -> None:
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+
+
+# One process
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 3, 11])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_slices_add_up_to_the_mean_gradient(accumulation: int, smoothing: float) -> None:
+    found, loss = gradients(ALONE, 11, accumulation, smoothing=smoothing)  # slices of 3, 4 and 4
+    expected, expected_loss = written_out(11, smoothing)
+    assert_close(found, expected)
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+
+
+def test_smoothing_changes_the_loss() -> None:
+    assert gradients(ALONE, 11, 1, smoothing=0.1)[1] != pytest.approx(gradients(ALONE, 11, 1)[1], rel=1e-3)
+
+
+def test_clipping_sees_the_whole_gradient() -> None:
+    expected, _ = written_out(11)
+    norm = torch.cat([g.flatten() for g in expected]).norm()
+    for accumulation in (1, 3):
+        found, _ = gradients(ALONE, 11, accumulation, clip_grad_norm=float(norm) / 2)
+        assert_close(found, [g / 2 for g in expected])
+        found, _ = gradients(ALONE, 11, accumulation, clip_grad_norm=float(norm) * 2)
+        assert_close(found, expected)
+
+
+def test_the_learning_rate_is_the_steps_own() -> None:
+    net = plain_net()
+    optimizer = build_optimizer(net, OptimConfig(momentum=0.0, weight_decay=0.0), 1.0)
+    plan = TrainPlan(IMAGES, 4, 0)
+    step = make_step(Objective(net, MEAN, STD, torch.float32), None, optimizer, plan)
+    before = [p.detach().clone() for p in net.parameters()]
+    step(make_batches(plan, 0), 0, 0.0)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), before, strict=True))
+    step(make_batches(plan, 0), 1, 0.5)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.5}
+    assert not torch.equal(net[0].weight, before[0])
+
+
+def test_the_average_follows_every_nth_step() -> None:
+    net = plain_net()
+    ema = Ema(net, EmaConfig(decay=0.5, every=2))
+    plan = TrainPlan(IMAGES, 4, 0)
+    optimizer = build_optimizer(net, OptimConfig(), 0.1)
+    step = make_step(Objective(net, MEAN, STD, torch.float32), None, optimizer, plan, ema=ema)
+    seen = [ema.average["0.weight"].clone()]
+    for i in range(4):
+        step(make_batches(plan, i), i, 0.1)
+        seen.append(ema.average["0.weight"].clone())
+    assert [torch.equal(a, b) for a, b in pairwise(seen)] == [True, False, True, False]
+
+
+# Precision
+
+
+def test_bf16_computes_in_bf16_and_keeps_fp32() -> None:
+    kinds: list[torch.dtype] = []
+    net = plain_net()
+    net[2].register_forward_hook(lambda module, inputs, output: kinds.append(output.dtype))
+    objective = Objective(net, MEAN, STD, torch.bfloat16)
+    images, labels = pool()
+    assert objective.logits(images).dtype == torch.float32
+    assert objective(images, labels).dtype == torch.float32
+    assert kinds == [torch.bfloat16] * 2
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+
+    found, loss = gradients(ALONE, 11, 2, dtype=torch.bfloat16)
+    expected, expected_loss = written_out(11)
+    assert {g.dtype for g in found} == {torch.float32}
+    assert_close(found, expected, 0.03)
+    assert loss == pytest.approx(expected_loss, rel=0.03)
+
+
+def test_the_processor_has_the_last_word_on_bf16() -> None:
+    cpu = torch.device("cpu")
+    assert effective_precision("bf16", cpu) in ("bf16", "fp32")
+    assert [effective_precision(name, cpu) for name in ("fp16", "fp32")] == ["fp16", "fp32"]
+    assert effective_precision("bf16", torch.device("cuda")) == "bf16"
+
+
+@pytest.fixture
+def needs_fp16() -> None:
+    try:
+        gradients(ALONE, 4, 1, dtype=torch.float16)
+    except RuntimeError as error:
+        pytest.skip(f"no fp16 training on this CPU: {error}")
+
+
+@pytest.mark.usefixtures("needs_fp16")
+@pytest.mark.parametrize("clip", [None, 1e6])
+def test_fp16_gives_the_optimizer_unscaled_gradients(clip: float | None) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    found, _ = gradients(ALONE, 11, 2, dtype=torch.float16, scaler=scaler, clip_grad_norm=clip)
+    assert_close(found, written_out(11)[0], 0.01)
+    assert scaler.get_scale() == 256.0
+
+
+@pytest.mark.usefixtures("needs_fp16")
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_fp16_skips_a_step_that_overflows(clip: float | None) -> None:
+    net = plain_net()
+    before = [p.detach().clone() for p in net.parameters()]
+    plan = TrainPlan(IMAGES, 4, 0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    optimizer = build_optimizer(net, OptimConfig(), 0.1)
+    objective = Objective(net, MEAN, STD, torch.float16)
+    step = make_step(objective, None, optimizer, plan, scaler=scaler, clip_grad_norm=clip)
+    step(make_batches(plan, 0), 0, 0.1)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), before, strict=True))
+    assert scaler.get_scale() == 2.0**39
+    losses = [float(step(make_batches(plan, 0), i, 0.1)) for i in range(1, 40)]
+    assert not torch.equal(net[0].weight, before[0])
+    assert all(p.isfinite().all() for p in net.parameters())
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU makes the host wait; needs CUDA")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_step_does_not_wait_for_the_device(dtype: torch.dtype, clip: float | None) -> None:
+    device = torch.device("cuda")
+    objective = Objective(norm_net(), MEAN, STD, dtype).to(device)
+    plan = TrainPlan(IMAGES, 8, 0, accumulation=2)
+    batches = [[b._replace(images=b.images.to(device), labels=b.labels.to(device)) for b in make_batches(plan, 0)]] * 6
+    scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
+    optimizer, ema = build_optimizer(objective.network, OptimConfig(), 0.1), Ema(objective.network, EmaConfig())
+    step = make_step(objective, None, optimizer, plan, scaler=scaler, ema=ema, clip_grad_norm=clip)
+    for i in range(3):
+        step(batches[i], i, 0.1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for i in range(3, 6):
+            step(batches[i], i, 0.1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# Several ranks
+
+
+@dataclass
+class Small:
+    """A run of the net with batch norm, put together as train.py does."""
+
+    plan: TrainPlan
+    net: nn.Module
+    ema: Ema
+    optimizer: torch.optim.Optimizer
+    state: TrainState
+    step: TrainStep
+
+    def train(self, first: int, last: int) -> None:
+        for i in range(first, last):
+            self.step(make_batches(self.plan, i), i, 0.1)
+
+
+def small_run(runtime: Runtime, accumulation: int = 2) -> Small:
+    plan = TrainPlan(IMAGES, 14, 0, runtime.rank, runtime.world, accumulation)
+    objective = Objective(norm_net(), MEAN, STD, torch.float32)
+    call, ddp = wrap(objective, TrainConfig(compile=False), runtime)
+    if ddp is not None:
+        warm_up(call, objective, plan.largest_slice, SIZE, runtime.device)
+    optimizer = build_optimizer(objective.network, OptimConfig(nesterov=True), 0.1)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    ema = Ema(objective.network, EmaConfig(decay=0.8))
+    state = TrainState(objective.network, optimizer, scaler, ema, runtime)
+    return Small(plan, objective.network, ema, optimizer, state, make_step(call, ddp, optimizer, plan, ema=ema))
+
+
+def copied(value: Any) -> Any:
+    """By way of a file: what a checkpoint holds, and nothing that training changes later."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def own(run: Small) -> dict[str, Any]:
+    """This rank's tensors as they are."""
+    moments = [run.optimizer.state[p]["momentum_buffer"] for g in run.optimizer.param_groups for p in g["params"]]
+    return copied({"model": run.net.state_dict(), "ema": run.ema.state_dict(), "moments": moments})
+
+
+def on_rank(runtime: Runtime) -> dict[str, Any]:
+    """All that the tests below look at, in one start of the ranks."""
+    found: dict[str, Any] = {"gradients": {cut: gradients(runtime, *cut) for cut in CUTS}}
+    run = small_run(runtime)
+    run.train(0, 3)
+    found["own"], found["weights"] = own(run), copied(run.state.weights())
+    assert_equal(own(run), found["own"])  # reading the mean leaves the rank's own alone
+    found["captured"] = captured = copied(run.state.capture())
+    run.train(3, 5)
+    found["end"] = own(run)
+
+    again = small_run(runtime)
+    again.train(0, 1)  # something else than what is restored
+    again.state.restore(copied(captured))
+    found["restored"] = own(again)
+    again.train(3, 5)
+    found["end again"] = own(again)
+
+    fewer = small_run(runtime)
+    fewer.state.restore(captured | {"statistics": captured["statistics"][1:]})  # as one rank less would have saved
+    found["from another world"] = own(fewer)
+    return found
+
+
+def assert_equal(a: Any, b: Any) -> None:
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert list(a) == list(b)
+        for key in a:
+            assert_equal(a[key], b[key])
+    else:
+        for x, y in zip(a, b, strict=True):
+            assert_equal(x, y)
+
+
+def is_statistic(key: str) -> bool:
+    return key.endswith(("running_mean", "running_var"))
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_ranks(tmp_path_factory.mktemp("ranks"), request.param, on_rank)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_uneven_shares_give_the_global_mean(ranks: list[dict[str, Any]], cut: tuple[int, int]) -> None:
+    expected, expected_loss = written_out(cut[0])
+    for rank in ranks:
+        assert_close(rank["gradients"][cut][0], expected)
+        assert_equal(rank["gradients"][cut][0], ranks[0]["gradients"][cut][0])
+    assert sum(rank["gradients"][cut][1] for rank in ranks) == pytest.approx(expected_loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("when", ["own", "end"])
+def test_ranks_share_weights_and_not_statistics(ranks: list[dict[str, Any]], when: str) -> None:
+    first = ranks[0][when]
+    for rank in ranks[1:]:
+        assert_equal(rank[when]["moments"], first["moments"])
+        for which in ("model", "ema"):
+            for key, value in rank[when][which].items():
+                assert torch.equal(value, first[which][key]) != is_statistic(key), key
+
+
+def test_readers_get_the_mean_of_the_statistics(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert_equal(rank["weights"], ranks[0]["weights"])
+        for which in ("model", "ema"):
+            assert_equal(rank["captured"][which], rank["weights"][which])
+            for key, value in rank["weights"][which].items():
+                mean = sum(r["own"][which][key] for r in ranks) / len(ranks)
+                if is_statistic(key):
+                    torch.testing.assert_close(value, mean, atol=1e-6, rtol=1e-6)
+                else:
+                    assert torch.equal(value, rank["own"][which][key]), key
+
+
+def test_a_capture_is_the_same_on_all_ranks(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert len(rank["captured"]["statistics"]) == len(ranks)
+        for part in ("model", "ema", "statistics"):
+            assert_equal(rank["captured"][part], ranks[0]["captured"][part])
+
+
+def test_as_many_ranks_continue_to_the_bit(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert_equal(rank["restored"], rank["own"])
+        assert_equal(rank["end again"], rank["end"])
+
+
+def test_another_number_of_ranks_continues_with_the_mean(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        for which in ("model", "ema"):
+            assert_equal(rank["from another world"][which], rank["captured"][which])
+        assert_equal(rank["from another world"]["moments"], rank["own"]["moments"])
+    alone = small_run(ALONE)
+    alone.state.restore(ranks[0]["captured"])
+    assert_equal(own(alone)["model"], ranks[0]["captured"]["model"])
+    assert_equal(own(alone)["ema"], ranks[0]["captured"]["ema"])
+
+
+# The state of one process
+
+
+def test_one_process_continues_to_the_bit() -> None:
+    run = small_run(ALONE)
+    run.train(0, 3)
+    captured, expected = copied(run.state.capture()), own(run)
+    again = small_run(ALONE)
+    again.state.restore(captured)
+    assert_equal(own(again), expected)
+    run.train(3, 6)
+    again.train(3, 6)
+    assert_equal(own(again), own(run))
+
+
+def test_changed_options_of_the_optimizer_hold_after_a_restart() -> None:
+    """Restoring must not bring back the old ones, which the user was told have changed."""
+    run = small_run(ALONE)
+    run.train(0, 1)
+    captured = copied(run.state.capture())
+    net = norm_net()
+    optimizer = build_optimizer(net, OptimConfig(momentum=0.5, weight_decay=0.3), 0.7)
+    state = TrainState(net, optimizer, torch.amp.GradScaler("cpu", enabled=False), None, ALONE)
+    state.restore(captured)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
+    assert [(g["momentum"], g["nesterov"], g["lr"]) for g in optimizer.param_groups] == [(0.5, False, 0.7)] * 2
+    buffer = optimizer.state[net.conv1.weight]["momentum_buffer"]
+    assert torch.equal(buffer, run.optimizer.state[run.net.conv1.weight]["momentum_buffer"])
+
+
+def test_an_average_may_begin_or_end_with_a_restart() -> None:
+    run = small_run(ALONE)
+    run.train(0, 2)
+    captured = copied(run.state.capture())
+    net = norm_net()
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    without = TrainState(net, build_optimizer(net, OptimConfig(), 0.1), scaler, None, ALONE)
+    without.restore(captured)
+    assert_equal(copied(net.state_dict()), captured["model"])
+    assert "ema" not in without.weights()
+
+    begun = small_run(ALONE)
+    begun.state.restore(copied(without.capture()))
+    assert_equal(copied(begun.ema.state_dict()), captured["model"])
+
+
+@pytest.mark.parametrize(("before", "after"), [(False, True), (True, False), (True, True)])
+def test_precision_may_change_with_a_restart(before: bool, after: bool) -> None:
+    states, scalers = [], []
+    for enabled, scale in ((before, 64.0), (after, 8.0)):
+        net = norm_net()
+        scalers.append(torch.amp.GradScaler("cpu", enabled=enabled, init_scale=scale))
+        optimizer = build_optimizer(net, OptimConfig(), 0.1)
+        states.append(TrainState(net, optimizer, scalers[-1], None, ALONE))
+    states[1].restore(copied(states[0].capture()))
+    assert scalers[1].is_enabled() == after
+    if after:
+        assert scalers[1].get_scale() == (64.0 if before else 8.0)
+
+
+def test_warming_up_leaves_no_trace() -> None:
+    net = norm_net()
+    objective = Objective(net, MEAN, STD, torch.float32)
+    before = copied(objective.state_dict() | dict(objective.named_buffers()))
+    warm_up(objective, objective, 4, SIZE, torch.device("cpu"))
+    assert_equal(copied(objective.state_dict() | dict(objective.named_buffers())), before)
+    assert all(p.grad is None for p in net.parameters())
