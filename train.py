@@ -66,19 +66,25 @@ class Run:
     total_steps: int
     data: str  # fingerprint of the training images
     progress: Progress
+    unsaved: bool = False  # whether this start has done anything that the checkpoint it began with does not hold
 
     def loop(self) -> int:
         """Trains to the end, or to the step at which all ranks agree to stop; returns the exit code."""
-        config, progress, first = self.config, self.progress, self.progress.step
+        config, progress = self.config, self.progress
         agreement = Agreement(self.runtime.control)
         meter = TrainMeter(self.runtime, self.plan, self.total_steps, progress.seconds)
         trace = Trace(self.folder.trace, self.plan) if config.trace else None
         timer = SaveTimer(config.checkpoint.every_minutes)
-        stream = self.loader.train(self.plan, first, self.total_steps)
+        stream = self.loader.train(self.plan, progress.step, self.total_steps)
 
-        stopping = self.eval_due() and not self.evaluate(agreement)  # one that the last stop cut short
+        stopping = False
+        if self.eval_due():  # the last stop cut it short
+            stopping = not self.evaluate(agreement)
+            if not stopping:
+                self.save()
         meter.resume()
         while progress.step < self.total_steps and not stopping:
+            self.unsaved = True
             lr = self.schedule(progress.step)
             batches = meter.fetch(stream)
             loss = self.step(batches, progress.step, lr)
@@ -102,7 +108,7 @@ class Run:
                 timer.restart()
 
         agreement.close()
-        return self.runtime.on_main(lambda: self.conclude(first, stopping, meter.images_per_second))
+        return self.runtime.on_main(lambda: self.conclude(stopping, meter.images_per_second))
 
     def eval_due(self) -> bool:
         """Whether the weights as they are now are to be evaluated and were not."""
@@ -121,7 +127,7 @@ class Run:
         result = self.evaluator(self.state.weights(), self.loader.evaluate(plan), plan, self.runtime, agreement, STOP)
         if result is None:
             return False
-        progress.evaluated, progress.result = progress.step, result
+        progress.evaluated, progress.result, self.unsaved = progress.step, result, True
         top1 = result.get("ema_top1", result["top1"])
         if top1 > progress.best_top1:
             progress.best_step, progress.best_top1 = progress.step, top1
@@ -142,18 +148,18 @@ class Run:
         for record in records:
             self.log.record(record)
 
-    def conclude(self, first: int, stopping: bool, images_per_second: float) -> int:
+    def conclude(self, stopping: bool, images_per_second: float) -> int:
         """Waits for the last save, writes the summary, and says how the run ended. Rank 0 only."""
         progress = self.progress
         assert self.checkpointer is not None
         saved = self.checkpointer.wait()
-        if progress.step > first and saved != progress.step:
+        if self.unsaved and saved != progress.step:
             self.log.message(f"step {progress.step} could not be saved; the newest checkpoint is older", "error")
             return FAILED
         if stopping:
             self.log.message(f"{STOP.received or 'another rank'}: stopped at step {progress.step}, everything is saved")
             self.log.message(f"the same command continues {self.folder.path}")
-        if progress.step > first or self.folder.summary() is None:
+        if self.unsaved or self.folder.summary() is None:
             self.folder.write_summary(
                 {
                     "status": "stopped" if stopping else "finished",
@@ -196,6 +202,11 @@ def build(config: Config) -> Run:
     if saved and newest:
         check_resumable(saved, config, data, newest, log.message)
     progress = Progress(**saved["progress"]) if saved else Progress()
+    if progress.step > total_steps:
+        raise UserError(
+            f"train.epochs or train.steps ask for {total_steps} steps, but {newest} has {progress.step} already: "
+            "raise them, or choose another run.name"
+        )
 
     torch.manual_seed(config.run.seed)
     network = build_model(config.model).to(memory_format=torch.channels_last).to(device)
@@ -295,7 +306,7 @@ def main(argv: Sequence[str]) -> int:
         run.runtime.close()
         return report_exit(code)
     except UserError as error:
-        if is_main_process():
+        if is_main_process() or not error.everywhere:
             print(f"error: {error}", file=sys.stderr)
         return report_exit(USER_ERROR, str(error))
     except RunFailed as error:

@@ -7,7 +7,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Pair = Annotated[tuple[float, float], Field(strict=False)]
@@ -15,7 +24,14 @@ Triple = Annotated[tuple[float, float, float], Field(strict=False)]
 
 
 class UserError(Exception):
-    """The user's configuration or data is wrong: one line that says what, where, and the way out. Exit code 2."""
+    """The user's configuration or data is wrong: one line that says what, where, and the way out. Exit code 2.
+
+    ``everywhere``: all ranks of the run meet it, so that rank 0 alone tells it.
+    """
+
+    def __init__(self, message: str, everywhere: bool = True) -> None:
+        super().__init__(message)
+        self.everywhere = everywhere
 
 
 class Part(BaseModel):
@@ -58,7 +74,7 @@ class DataConfig(Part):
     eval_resize: PositiveInt = 256
     eval_size: PositiveInt = 224
     eval_batch: PositiveInt = 256  # images that one rank evaluates at once; part of what makes results repeat
-    workers: PositiveInt = 8  # decoding threads (DALI) or processes (torchvision), for each rank
+    workers: NonNegativeInt = 8  # decoding threads (DALI) or processes (torchvision; 0: none), for each rank
     prefetch: PositiveInt = 3  # batches decoded ahead
     decoder: Literal["auto", "cpu", "mixed"] = "auto"  # DALI only: mixed decodes JPEGs on the GPU
     scale: Pair = (0.08, 1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -66,6 +67,12 @@ class Runtime:
         What the first builds on a shared disk all others find, and on local disks the first of each machine builds.
         """
         self.on_main_only(call)
+        try:
+            return self._each_machine_first(call)
+        except UserError as error:
+            raise UserError(f"on {platform.node()}: {error}", everywhere=False) from None
+
+    def _each_machine_first(self, call: Callable[[], T]) -> T:
         for turn in (True, False):
             if (self.local_rank == 0) == turn:
                 result = call()

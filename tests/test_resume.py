@@ -152,3 +152,31 @@ def test_a_finished_run_stays_as_it_is(undisturbed: dict[int, Path]) -> None:
     assert "finished: top-1" in printed
     after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "config.yaml"}
     assert after == before
+
+
+def test_a_stop_within_the_last_evaluation_ends_finished(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = ["data.loader=synthetic", "data.synthetic.train=5000", "data.synthetic.val=20000", "data.eval_batch=50"]
+    words += ["train.eval_every_epochs=1000", "train.steps=10"]  # only after the last step
+    process = runs.begin(1, folder, *words)
+    runs.wait_until(lambda: runs.steps_traced(folder) >= 10, process)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    runs.finish(process)
+    assert process.returncode == 75
+    assert json.loads((folder / "summary.json").read_text())["status"] == "stopped"
+    for _ in range(2):  # the second start has nothing left to do
+        runs.train(1, folder, *words)
+        summary = json.loads((folder / "summary.json").read_text())
+        assert (summary["status"], summary["step"], summary["images"]) == ("finished", 10, 20000)
+        assert [record["step"] for record in runs.records(folder, "eval")] == [10]
+
+
+def test_fewer_steps_than_the_checkpoint_has_are_refused(undisturbed: dict[int, Path]) -> None:
+    process = runs.begin(1, undisturbed[1], "train.steps=40")
+    printed = runs.finish(process)
+    assert process.returncode == 2
+    errors = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "train.steps" in errors[0]
+    assert "Traceback" not in printed
