@@ -108,6 +108,8 @@ class Run:
                 timer.restart()
 
         agreement.close()
+        if trace is not None:
+            trace.close()
         return self.runtime.on_main(lambda: self.conclude(stopping, meter.images_per_second))
 
     def eval_due(self) -> bool:

@@ -83,14 +83,14 @@ echo "$(date -u +%FT%TZ) $(uname -srm), $(nproc) processors, load $(cut -d' ' -f
 [ -z "$lacks" ] || echo "$lacks"
 nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit --format=csv,noheader 2>/dev/null
 
-# The limits add up to 525 s. Variables without quotes hold several words.
+# The limits add up to 520 s. Variables without quotes hold several words.
 if "$PYTHON" -c 'import pytest' 2>/dev/null; then
-  part tests 80 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/test_gpu.py
+  part tests 110 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/test_gpu.py
 fi
-part train 200 $bench train $network --precision bf16 $train --photos $photos --json "$out/train.json"
-part model-bf16 105 $bench model $network --precision bf16 $model --rounds $rounds_bf16 --json "$out/model-bf16.json"
-part loader 55 $bench loader --photos $photos $loader --json "$out/loader.json"
-part model-fp16 85 $bench model $network --precision fp16 $model --rounds $rounds_fp16 --json "$out/model-fp16.json"
+part train 190 $bench train $network --precision bf16 $train --photos $photos --json "$out/train.json"
+part model-bf16 95 $bench model $network --precision bf16 $model --rounds $rounds_bf16 --json "$out/model-bf16.json"
+part loader 50 $bench loader --photos $photos $loader --json "$out/loader.json"
+part model-fp16 75 $bench model $network --precision fp16 $model --rounds $rounds_fp16 --json "$out/model-fp16.json"
 
 printf '\nresults: %s; %s s in all\n' "$out" "$SECONDS"
 exit "$failed"

@@ -17,9 +17,9 @@ from distrib.runtime import Runtime
 
 
 class TrainMeter:
-    """Collects an interval's loss and times, and reads them one interval later, when the device has long been there.
+    """Collects an interval's loss and times, and reads them one interval later, when a GPU has long been there.
 
-    ``resume`` starts the clock; time that passes between ``pause`` and ``resume`` (evaluation) is not counted.
+    Time is counted from one ``add`` to the next, or from ``resume``, before which an evaluation may have passed.
     """
 
     def __init__(self, runtime: Runtime, plan: TrainPlan, total_steps: int, before: float = 0.0) -> None:
@@ -42,10 +42,6 @@ class TrainMeter:
         """Counts one step with this rank's summed loss."""
         self._loss += loss
         self._steps += 1
-        self.pause()
-
-    def pause(self) -> None:
-        """Counts the time up to now."""
         now = time.perf_counter()
         self._busy += now - self._mark
         self._mark = now
@@ -55,7 +51,10 @@ class TrainMeter:
         self._mark = time.perf_counter()
 
     def close_interval(self, step: int, lr: float) -> list[dict[str, Any]]:
-        """Ends the interval at ``step``; returns the record of the one before, if any. All ranks must call it."""
+        """Ends the interval at ``step``; returns the records that are ready. All ranks must call it.
+
+        On a GPU that is the interval before, which is there without a wait; on a CPU this one too.
+        """
         records = self._posted_records()
         images = self._steps * self._plan.global_batch
         known = {
@@ -78,7 +77,7 @@ class TrainMeter:
         self._all_steps, self._all_busy = self._all_steps + self._steps, self._all_busy + self._busy
         self._loss = torch.zeros_like(self._loss)
         self._steps, self._wait, self._busy = 0, 0.0, 0.0
-        return records
+        return records if self._runtime.device.type == "cuda" else records + self._posted_records()
 
     def flush(self, step: int, lr: float) -> list[dict[str, Any]]:
         """The records that are still to come, at the end. All ranks must call it."""

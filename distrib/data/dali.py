@@ -151,9 +151,6 @@ class DaliLoader:
         """The batches of this rank's share of the validation images."""
         return self._batches(_EvalFeeder(plan, self._val, self._bad_val, self._cfg), plan.batch)
 
-    def close(self) -> None:
-        """Pipelines end with their iterator."""
-
     def _batches(self, feeder: _Feeder, largest: int) -> Iterator[Batch]:
         pipeline = self._pipeline(feeder, feeder, largest)
         while True:

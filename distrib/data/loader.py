@@ -25,13 +25,13 @@ class Batch(NamedTuple):
 
 
 class Loader(Protocol):
-    """Batches at any position of the run, at the cost of the position's own batch."""
+    """Batches at any position of the run, at the cost of the position's own batch.
+
+    Threads and worker processes belong to the iterators and end with them.
+    """
 
     def train(self, plan: TrainPlan, first: int, last: int) -> Iterator[Batch]:
         """The batches of steps first … last - 1: ``plan.accumulation`` of them a step."""
 
     def evaluate(self, plan: EvalPlan) -> Iterator[Batch]:
         """The batches of this rank's share of the validation images, in order."""
-
-    def close(self) -> None:
-        """Ends threads and worker processes."""

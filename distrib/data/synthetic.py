@@ -26,9 +26,6 @@ class SyntheticLoader:
         """The batches of this rank's share of the validation images."""
         return self._batches(plan.slices(), plan.batch, self._cfg.eval_size)
 
-    def close(self) -> None:
-        """Nothing to end."""
-
     def _batches(self, slices: Iterable[Slice], largest: int, size: int) -> Iterator[Batch]:
         if self._pool.shape[:1] != (largest,) or self._pool.shape[-1] != size:
             generator = torch.Generator().manual_seed(0)

@@ -163,9 +163,6 @@ class WorkerLoader:
         dataset = _EvalSlices(self._val, plan, self._cfg)
         return self._batches(dataset, _Steps(range(len(dataset))), self._bad_val, self._val)
 
-    def close(self) -> None:
-        """Worker processes end with their iterator."""
-
     def _batches(self, dataset: Dataset[Any], items: _Steps, bad: Quarantine, index: Index) -> Iterator[Batch]:
         workers = min(self._cfg.workers, len(items))
         loader = DataLoader(

@@ -12,7 +12,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from distrib.data import Index, TrainPlan, build_loader, sample
 from distrib.data.index import cache_dir, open_index
 from distrib.runtime import start
 from distrib.tools.bench import photos
-from distrib.tools.bench.report import Report, cores, in_fresh_process, positive
+from distrib.tools.bench.report import Report, cores, has_dali, in_fresh_process, positive
 
 SAMPLE_SIZE = 28  # the built-in sample's own, pixels
 Batches = Callable[[], Iterator[torch.Tensor]]
@@ -53,14 +52,13 @@ def run(args: argparse.Namespace) -> None:
         "batches": batches, "rounds": args.rounds, "device": device.type,
     }  # fmt: skip
     report = Report("loader", settings, args.json)
-    dali = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
     loaders: dict[str, Batches] = {
         "ours, torchvision": lambda: ours("torchvision", index, settings, device),
         "ImageFolder + DataLoader": lambda: image_folder(settings, device),
     }
     report.compare("ours, torchvision", "ImageFolder + DataLoader")
-    if dali:
-        whole = must_decode_whole(settings)
+    if has_dali():
+        whole = must_decode_whole(settings) if device.type == "cuda" else ""
         if whole:
             report.notes.append(f"plain DALI decodes whole images and crops them then, for {whole}")
         loaders["ours, DALI"] = lambda: ours("dali", index, settings, device)

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import distributions
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -132,14 +133,19 @@ def hardware() -> str:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     gpus = [torch.cuda.get_device_properties(k) for k in range(torch.cuda.device_count())]
     names = ", ".join(f"{gpu.name} {gpu.total_memory / 2**30:.0f} GiB" for gpu in gpus) or "no GPU"
-    return f"{cores()} × {model}, {memory:.0f} GiB; {names}"
+    return f"{cores()} of {os.cpu_count()} × {model}, {memory:.0f} GiB; {names}"
 
 
 def software() -> str:
-    """Versions in a line."""
+    """Versions in a line, and torch's threads on the CPU."""
     found = [f"{package.name} {package.version}" for package in distributions() if package.name in PACKAGES]
     cuda = f", CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}" if torch.cuda.is_available() else ""
-    return f"Python {platform.python_version()}, {', '.join(found)}{cuda}"
+    return f"Python {platform.python_version()}, {', '.join(found)}{cuda}, {torch.get_num_threads()} threads"
+
+
+def has_dali() -> bool:
+    """Whether DALI is installed."""
+    return find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
 
 
 def cores() -> int:

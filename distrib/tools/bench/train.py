@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from distrib.engine.prepare import DTYPES, effective_precision
 from distrib.models import build_model
 from distrib.runtime import start
 from distrib.tools.bench import photos
-from distrib.tools.bench.report import ROOT, Report, clean_environment, cores, in_fresh_process, positive
+from distrib.tools.bench.report import ROOT, Report, clean_environment, cores, has_dali, in_fresh_process, positive
 
 TRAIN = ROOT / "train.py"
 GOAL = (">=", 0.97)
@@ -77,10 +76,9 @@ def run(args: argparse.Namespace) -> None:
     report.compare("train.py on images", "train.py")
     report.compare(f"{FASTEST}train.py", f"{FASTEST}bare loop", GOAL)
     if root:
-        loader = (
-            "DALI" if find_spec("nvidia") and find_spec("nvidia.dali") else "torchvision, for DALI is not installed"
+        report.notes.append(
+            f"loader of the images: {'DALI' if has_dali() else 'torchvision, as DALI is not installed'}"
         )
-        report.notes.append(f"loader of the images: {loader}")
     for _ in range(args.pairs):
         add_rates(report, "train.py", trainer(settings, None), args.batch)
         add_rates(report, "bare loop", in_fresh_process(__name__, settings)["ends"], args.batch)
