@@ -63,10 +63,11 @@ class Report:
         self._rows: dict[str, Row] = {}
         self._ratios: list[tuple[Row, str, str]] = []
         self.notes: list[str] = []
+        threads = [f"{key}={os.environ[key]}" for key in ("OMP_NUM_THREADS",) if key in os.environ]
         self._head = {
             "bench": bench,
             "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-            "command": shlex.join(["python", "-m", "distrib.tools.bench", *sys.argv[1:]]),
+            "command": shlex.join([*threads, "python", "-m", "distrib.tools.bench", *sys.argv[1:]]),
             "hardware": hardware(),
             "software": software(),
             # Who else used the machine: processes ready to run, over the last 1, 5 and 15 minutes.
