@@ -26,8 +26,9 @@ check: setup
 
 bench: setup
 	$(BIN)/python -m distrib.tools.bench index
-	$(BIN)/python -m distrib.tools.bench train
-	$(BIN)/python -m distrib.tools.bench loader
+	$(BIN)/python -m distrib.tools.bench train --model resnet18 --size 64
+	$(BIN)/python -m distrib.tools.bench model --model resnet18 --size 64 --batch 32
+	$(BIN)/python -m distrib.tools.bench loader --photos 400 --batch 32
 
 setup: $(INSTALLED)
 

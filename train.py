@@ -67,6 +67,7 @@ class Run:
     data: str  # fingerprint of the training images
     progress: Progress
     unsaved: bool = False  # whether this start has done anything that the checkpoint it began with does not hold
+    last_words: str = ""  # to be said when the logs are closed, below a terminal's bar and what W&B says
 
     def loop(self) -> int:
         """Trains to the end, or to the step at which all ranks agree to stop; returns the exit code."""
@@ -151,7 +152,7 @@ class Run:
             self.log.record(record)
 
     def conclude(self, stopping: bool, images_per_second: float) -> int:
-        """Waits for the last save, writes the summary, and says how the run ended. Rank 0 only."""
+        """Waits for the last save, writes the summary, and returns the exit code. Rank 0 only."""
         progress = self.progress
         assert self.checkpointer is not None
         saved = self.checkpointer.wait()
@@ -159,8 +160,10 @@ class Run:
             self.log.message(f"step {progress.step} could not be saved; the newest checkpoint is older", "error")
             return FAILED
         if stopping:
-            self.log.message(f"{STOP.received or 'another rank'}: stopped at step {progress.step}, everything is saved")
-            self.log.message(f"the same command continues {self.folder.path}")
+            self.last_words = (
+                f"{STOP.received or 'another rank'}: stopped at step {progress.step}, everything is saved\n"
+                f"the same command continues {self.folder.path}"
+            )
         if self.unsaved or self.folder.summary() is None:
             self.folder.write_summary(
                 {
@@ -176,11 +179,10 @@ class Run:
         if not stopping:
             result = progress.result
             ema = f" (EMA {result['ema_top1']:.2f} %)" if "ema_top1" in result else ""
-            self.log.message(
+            self.last_words = (
                 f"finished: top-1 {result['top1']:.2f} %{ema}, top-5 {result['top5']:.2f} % on {result['images']:,} "
-                f"images after {progress.step} steps"
+                f"images after {progress.step} steps\nrun folder: {self.folder.path}"
             )
-            self.log.message(f"run folder: {self.folder.path}")
         return STOPPED if stopping else FINISHED
 
 
@@ -306,6 +308,8 @@ def main(argv: Sequence[str]) -> int:
         finally:
             run.log.close(code)
         run.runtime.close()
+        if run.last_words:
+            print(run.last_words, flush=True)
         return report_exit(code)
     except UserError as error:
         if is_main_process() or not error.everywhere:

@@ -165,12 +165,14 @@ class WorkerLoader:
 
     def _batches(self, dataset: Dataset[Any], items: _Steps, bad: Quarantine, index: Index) -> Iterator[Batch]:
         workers = min(self._cfg.workers, len(items))
+        # Items a worker holds. With one, it would idle from when that is done until the others' turns have passed.
+        ahead = max(2, -(-self._cfg.prefetch // max(1, workers)))
         loader = DataLoader(
             dataset,
             sampler=items,
             batch_size=None,  # an item is a batch already
             num_workers=workers,
-            prefetch_factor=max(1, -(-self._cfg.prefetch // workers)) if workers else None,
+            prefetch_factor=ahead if workers else None,
             pin_memory=self._device.type == "cuda",
             worker_init_fn=_ignore_stop_signals,
         )
