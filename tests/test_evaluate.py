@@ -26,12 +26,7 @@ ROUNDS = {1: 16, 2: 8, 3: 6}
 UNREADABLE = (5, 700, 1012)  # ids whose label is -1
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def pool() -> tuple[torch.Tensor, torch.Tensor]:

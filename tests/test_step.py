@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from multiprocessing import get_context
@@ -32,12 +32,7 @@ ALONE = Runtime(0, 1, 0, 1, torch.device("cpu"))
 CUTS = [(11, 1), (11, 2), (17, 3)]  # (global batch, slices): none divides by 2 or 3 ranks
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # Real ranks
