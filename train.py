@@ -4,7 +4,7 @@ This file is the table of contents: `build` makes each part in order, `Run.loop`
 """
 # ruff: noqa: E402
 
-from distrib.faults import FAILED, FINISHED, STOPPED, USER_ERROR, RunFailed, StopSignals, report_exit
+from distrib.faults import FAILED, FINISHED, STOPPED, USER_ERROR, StopSignals, report_exit
 
 STOP = StopSignals()  # before torch, whose import takes seconds: a request to stop must not kill the run there
 
@@ -315,9 +315,6 @@ def main(argv: Sequence[str]) -> int:
         if is_main_process() or not error.everywhere:
             print(f"error: {error}", file=sys.stderr)
         return report_exit(USER_ERROR, str(error))
-    except RunFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return report_exit(FAILED, str(error))
     except KeyboardInterrupt:
         return report_exit(FAILED, "interrupted twice; not saved")
     except Exception as error:

@@ -108,16 +108,14 @@ class Checkpointer:
         Waits first where the previous save is still being written: two at a time would only slow each other.
         """
         self.wait()
-        copies: list[torch.cuda.Event] = []
         snapshot = _to_host(state)
-        if torch.cuda.is_available():
-            copied = torch.cuda.Event()
+        copied = torch.cuda.Event() if torch.cuda.is_available() else None
+        if copied is not None:
             copied.record()
-            copies.append(copied)
 
         def write() -> None:
-            for event in copies:
-                event.synchronize()
+            if copied is not None:
+                copied.synchronize()
             path = path_for(self._folder, step)
             try:
                 commit(snapshot, path)

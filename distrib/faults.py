@@ -15,10 +15,6 @@ STOPPED = 75  # EX_TEMPFAIL: stopped on request with everything saved, start me 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
-class RunFailed(Exception):
-    """The run cannot go on and it is not the user's fault; exit code 1, one line."""
-
-
 class StopSignals:
     """Remembers the first stop signal. Saving inside a handler would run at any point of a step, so it only notes.
 
