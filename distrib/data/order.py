@@ -21,8 +21,9 @@ def permute(positions: Ids, count: int, seed: int, epoch: int) -> Ids:
 
     A keyed bijection of range(count), evaluated only where asked: a shuffled array of ImageNet's 1.28 million ids
     costs about 30 ms and 10 MB a rank each epoch, this under 2 ms for a slice of 4,096 (one Xeon core, 2026-11-22;
-    `python -m distrib.tools.bench index` compares them). It is a balanced Feistel network over the next power of four, walked until the value falls below ``count`` (Black and Rogaway, "Ciphers
-    with arbitrary finite domains", 2002: the method behind tf.random.experimental.index_shuffle too).
+    `python -m distrib.tools.bench index` compares them). It is a balanced Feistel network over the next power of four,
+    walked until the value falls below ``count`` (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002: the
+    method behind tf.random.experimental.index_shuffle too).
 
     Args:
         positions: int64, any shape, each in [0, count).
