@@ -15,6 +15,10 @@ STOPPED = 75  # EX_TEMPFAIL: stopped on request with everything saved, start me 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
+class Interrupted(Exception):
+    """Somebody asked to stop while the run waited for something that may never come, such as a disk or another rank."""
+
+
 class StopSignals:
     """Remembers the first stop signal. Saving inside a handler would run at any point of a step, so it only notes.
 

@@ -15,15 +15,17 @@ LAYERS = (
     ("train", "distrib.tools"),
     ("distrib.engine", "distrib.checkpoint", "distrib.folder", "distrib.log", "distrib.metrics"),
     ("distrib.data", "distrib.models", "distrib.optim", "distrib.augment"),
-    ("distrib.runtime", "distrib.faults"),
+    ("distrib.runtime",),
+    ("distrib.faults", "distrib.jsonl"),
+    ("distrib.layout", "distrib.surroundings"),
     ("distrib.cli",),
     ("distrib.config",),
     ("distrib",),  # the package itself: its version
 )
 DEPTH = {unit: depth for depth, layer in enumerate(LAYERS) for unit in layer}
 APART = ("distrib.tools",)  # programs, each a module or a sub-package, that do not import each other either
-LAUNCH_MAY = ("distrib.config", "distrib.cli")
-WITHOUT_TORCH = ("launch", "distrib", "distrib.config", "distrib.cli")  # a login node has none
+LAUNCH_MAY = ("distrib.config", "distrib.cli", "distrib.layout", "distrib.surroundings")
+WITHOUT_TORCH = ("launch", "distrib", *LAUNCH_MAY)  # a login node has none
 OURS = ("distrib", "launch", "train", "tests", "benchmarks")
 
 
@@ -125,6 +127,7 @@ ALLOWED = {
     "distrib/cli.py": "from .config import Config\nimport yaml\n",
     "distrib/runtime.py": "import torch\nfrom distrib.config import UserError\n",
     "distrib/faults.py": "import torch\n",
+    "distrib/jsonl.py": "import json\n",
     "distrib/checkpoint.py": "from distrib.runtime import Runtime\n",
     "distrib/data/__init__.py": "from distrib.data.order import Order\nfrom . import draws\n",
     "distrib/data/order.py": "from .draws import draw\nfrom ..config import DataConfig\n",
@@ -154,9 +157,9 @@ def test_what_the_layers_allow() -> None:
             "1: distrib.cli imports distrib.runtime: imports run",
         ),
         (
-            "distrib/runtime.py",
-            "\n\nfrom . import faults\n",
-            "3: distrib.runtime imports distrib.faults: they stand side",
+            "distrib/faults.py",
+            "\n\nfrom . import jsonl\n",
+            "3: distrib.faults imports distrib.jsonl: they stand side",
         ),
         (
             "distrib/faults.py",

@@ -63,6 +63,11 @@ class Index:
         """The file of a sample."""
         return self.root / os.fsdecode(bytes(self._paths[self._offsets[sample] : self._offsets[sample + 1]]))
 
+    def encoded_path(self, sample: int) -> bytes:
+        """The absolute file name of a sample as the disk has it, whatever its encoding."""
+        name = bytes(self._paths[self._offsets[sample] : self._offsets[sample + 1]])
+        return os.fsencode(self.root) + b"/" + name
+
     def encoded_paths(self, samples: Iterable[int]) -> list[npt.NDArray[np.uint8]]:
         """Absolute file names as uint8 arrays: what DALI's file reader is fed with, without a string each."""
         prefix = np.frombuffer(os.fsencode(f"{self.root}/"), dtype=np.uint8)
