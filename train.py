@@ -4,10 +4,15 @@ This file is the table of contents: `build` makes each part in order, `Run.loop`
 """
 # ruff: noqa: E402
 
-from distrib.faults import FAILED, FINISHED, STOPPED, USER_ERROR, StopSignals, report_exit
+from distrib.faults import FAILED, FINISHED, STOPPED, USER_ERROR, Failure, Interrupted, StopSignals, report_exit
+from distrib.surroundings import check_limits, settle
 
 STOP = StopSignals()  # before torch, whose import takes seconds: a request to stop must not kill the run there
+settle()  # before torch too, which reads the environment while it is imported
 
+import contextlib
+import math
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -27,11 +32,14 @@ from distrib.engine.state import TrainState
 from distrib.engine.step import TrainStep
 from distrib.faults import Agreement
 from distrib.folder import RunFolder, check_resumable
-from distrib.log import ConsoleSink, JsonlSink, Log, WandbSink, new_run_id, truncate_jsonl
+from distrib.jsonl import cut_back
+from distrib.lease import Lease
+from distrib.log import ConsoleSink, JsonlSink, Log, WandbSink, new_run_id
 from distrib.metrics import SaveTimer, Trace, TrainMeter
 from distrib.models import build_model
 from distrib.optim import Ema, build_optimizer, build_schedule, peak_lr
-from distrib.runtime import Runtime, is_main_process, start
+from distrib.place import Place, find_place, publish
+from distrib.runtime import Runtime, start
 
 
 @dataclass
@@ -43,6 +51,7 @@ class Progress:
     result: dict[str, float] = field(default_factory=dict)  # of that evaluation
     best_step: int | None = None
     best_top1: float = -1.0
+    finite: bool = True  # whether the last logged loss was a number
     seconds: float = 0.0  # of training, over all starts
     wandb_id: str = field(default_factory=new_run_id)
 
@@ -54,6 +63,7 @@ class Run:
     config: Config
     runtime: Runtime
     folder: RunFolder
+    lease: Lease | None  # on the rank that writes
     log: Log
     plan: TrainPlan
     eval_plan: EvalPlan
@@ -74,7 +84,7 @@ class Run:
         config, progress = self.config, self.progress
         agreement = Agreement(self.runtime.control)
         meter = TrainMeter(self.runtime, self.plan, self.total_steps, progress.seconds)
-        trace = Trace(self.folder.trace, self.plan) if config.trace else None
+        trace = Trace(self.folder.trace, self.plan, self.log.warning) if config.trace else None
         timer = SaveTimer(config.checkpoint.every_minutes)
         stream = self.loader.train(self.plan, progress.step, self.total_steps)
 
@@ -85,9 +95,14 @@ class Run:
                 self.save()
         meter.resume()
         while progress.step < self.total_steps and not stopping:
-            self.unsaved = True
+            if self.lease is not None:
+                self.lease.check()
             lr = self.schedule(progress.step)
             batches = meter.fetch(stream)
+            if batches is None:  # somebody asked to stop while the data did not come
+                stopping = self.stop_without_data(meter, lr)
+                break
+            self.unsaved = True
             loss = self.step(batches, progress.step, lr)
             meter.add(loss)
             progress.step += 1
@@ -103,9 +118,7 @@ class Run:
                 save = save or progress.best_step == progress.step
                 meter.resume()
             if save or stopping or self.save_due():
-                self.log_records(meter.flush(progress.step, lr))  # what a restart from here will not measure again
-                progress.seconds = meter.seconds
-                self.save()
+                self.flush_and_save(meter, lr)
                 timer.restart()
 
         agreement.close()
@@ -135,8 +148,28 @@ class Run:
         if top1 > progress.best_top1:
             progress.best_step, progress.best_top1 = progress.step, top1
         epoch = progress.step / self.plan.steps_per_epoch
-        self.log.record({"kind": "eval", "step": progress.step, "epoch": epoch, **result})
+        self.log_records([{"kind": "eval", "step": progress.step, "epoch": epoch, **result}])
         return True
+
+    def stop_without_data(self, meter: TrainMeter, lr: float) -> bool:
+        """Saves before a step whose data did not come. Alone: other ranks wait within that step by now.
+
+        Raises:
+            Failure: there are others.
+        """
+        if self.runtime.world > 1:
+            raise Failure(
+                f"{STOP.received}: this rank's data did not come for step {self.progress.step + 1}, so the ranks could "
+                "not save; the same command continues from the newest checkpoint"
+            )
+        self.flush_and_save(meter, lr)
+        return True
+
+    def flush_and_save(self, meter: TrainMeter, lr: float) -> None:
+        """Begins a save, having logged what a restart from it will not measure again. All ranks must call it."""
+        self.log_records(meter.flush(self.progress.step, lr))
+        self.progress.seconds = meter.seconds
+        self.save()
 
     def save(self) -> None:
         """Begins a save. All ranks must call it: their batch-norm statistics are gathered."""
@@ -147,9 +180,16 @@ class Run:
             self.checkpointer.save({**header, **state}, self.progress.step, self.progress.best_step)
 
     def log_records(self, records: Sequence[dict[str, object]]) -> None:
-        """Logs what the meter has ready."""
+        """Logs what is ready, and warns at the first loss that is no number."""
         for record in records:
             self.log.record(record)
+            finite = math.isfinite(float(str(record["loss"])))
+            if self.progress.finite and not finite:
+                self.log.warning(
+                    f"the loss is {record['loss']} at step {record['step']}: nothing is learnt any more; lower "
+                    "optim.lr or raise schedule.warmup_epochs, and start under another run.name"
+                )
+            self.progress.finite = finite
 
     def conclude(self, stopping: bool, images_per_second: float) -> int:
         """Waits for the last save, writes the summary, and returns the exit code. Rank 0 only."""
@@ -159,24 +199,24 @@ class Run:
         if self.unsaved and saved != progress.step:
             self.log.message(f"step {progress.step} could not be saved; the newest checkpoint is older", "error")
             return FAILED
+        diverged = not stopping and not progress.finite
+        status = "stopped" if stopping else "diverged" if diverged else "finished"
+        if self.unsaved or self.folder.summary() is None:
+            try:
+                self.folder.write_summary(self.summary(status, images_per_second))
+            except OSError as error:
+                self.log.message(f"cannot write summary.json: {error.strerror}; the rest is saved", "error")
+                return FAILED
         if stopping:
             self.last_words = (
                 f"{STOP.received or 'another rank'}: stopped at step {progress.step}, everything is saved\n"
                 f"the same command continues {self.folder.path}"
             )
-        if self.unsaved or self.folder.summary() is None:
-            self.folder.write_summary(
-                {
-                    "status": "stopped" if stopping else "finished",
-                    "step": progress.step,
-                    "epoch": progress.step / self.plan.steps_per_epoch,
-                    **{key: value for key, value in progress.result.items() if key != "seconds"},
-                    "best": {"step": progress.best_step, "top1": progress.best_top1} if progress.best_step else None,
-                    "images_per_second": images_per_second,
-                    "seconds": progress.seconds,
-                }
-            )
-        if not stopping:
+        elif diverged:
+            self.log.message("the run ends with a loss that is no number", "error")
+            self.last_words = f"run folder: {self.folder.path}"
+            return FAILED
+        else:
             result = progress.result
             ema = f" (EMA {result['ema_top1']:.2f} %)" if "ema_top1" in result else ""
             self.last_words = (
@@ -185,10 +225,26 @@ class Run:
             )
         return STOPPED if stopping else FINISHED
 
+    def summary(self, status: str, images_per_second: float) -> dict[str, object]:
+        """What ``summary.json`` says."""
+        progress = self.progress
+        return {
+            "status": status,
+            "step": progress.step,
+            "epoch": progress.step / self.plan.steps_per_epoch,
+            **{key: value for key, value in progress.result.items() if key != "seconds"},
+            "best": {"step": progress.best_step, "top1": progress.best_top1} if progress.best_step else None,
+            "images_per_second": images_per_second,
+            "seconds": progress.seconds,
+        }
 
-def build(config: Config) -> Run:
-    """Makes every part, continues from the newest valid checkpoint where there is one, and says what it resolved."""
-    runtime = start()
+
+def build(config: Config, place: Place, leaving: contextlib.ExitStack) -> Run:
+    """Makes every part, continues from the newest valid checkpoint where there is one, and says what it resolved.
+
+    What must be let go of, however the run ends, goes to ``leaving``.
+    """
+    runtime = start(place, STOP)
     device, precision = runtime.device, effective_precision(config.train.precision, runtime.device)
     say = partial(print, file=sys.stdout if runtime.is_main else sys.stderr, flush=True)
     say_once = say if runtime.is_main else (lambda text: None)
@@ -197,10 +253,16 @@ def build(config: Config) -> Run:
     plan, eval_plan = make_plans(config, indexes, runtime)
     total_steps = config.train.steps or max(1, round(config.train.epochs * plan.steps_per_epoch))
 
+    torch.manual_seed(config.run.seed)
+    network = build_model(config.model).to(memory_format=torch.channels_last).to(device)
+
     folder = RunFolder(config.run.dir)
     console = ConsoleSink(total_steps) if runtime.is_main else None
     log = Log([console] if console else [])
     warn = (lambda text: log.warning(text)) if runtime.is_main else say  # of the log as it is then
+    lease = runtime.on_main_only(lambda: Lease(folder.path).acquire(say, STOP.requested))
+    if lease is not None:
+        leaving.callback(lease.release)
     newest = runtime.on_main(lambda: checkpoint.newest_valid(folder.checkpoints, warn))
     saved = checkpoint.load(newest) if newest else None
     if saved and newest:
@@ -212,19 +274,15 @@ def build(config: Config) -> Run:
             "raise them, or choose another run.name"
         )
 
-    torch.manual_seed(config.run.seed)
-    network = build_model(config.model).to(memory_format=torch.channels_last).to(device)
     loader = build_loader(config.data, indexes, config.model.num_classes, device, folder.bad_samples, warn)
 
     # What the user may have got wrong has been looked at: from here on the run folder is written to.
-    checkpointer = runtime.on_main_only(lambda: Checkpointer(folder.checkpoints, config.checkpoint.keep, warn))
-    if console is not None:
-        folder.write_config(config)
-        for file in (folder.metrics, *folder.trace.glob("*.jsonl")):
-            truncate_jsonl(file, progress.step)
+    state_bytes = (3 if config.ema else 2) * sum(4 * p.numel() for p in network.parameters())  # momentum, EMA
+    checkpointer = runtime.on_main_only(lambda: open_folder(folder, lease, config, progress.step, state_bytes, warn))
+    if console is not None and lease is not None:
         values = config.model_dump(mode="json")
         wandb = WandbSink(config.wandb, progress.wandb_id, config.run.name, folder.path, values, warn)
-        log = Log([console, JsonlSink(folder.metrics), wandb])
+        log = Log([console, JsonlSink(folder.metrics, warn, lease.held), wandb])
     runtime.barrier()  # the traces are cut; the ranks may open them
 
     lr = peak_lr(config.optim, plan.global_batch)
@@ -257,6 +315,7 @@ def build(config: Config) -> Run:
         config=config,
         runtime=runtime,
         folder=folder,
+        lease=lease,
         log=log,
         plan=plan,
         eval_plan=eval_plan,
@@ -270,6 +329,25 @@ def build(config: Config) -> Run:
         data=data,
         progress=progress,
     )
+
+
+def open_folder(
+    folder: RunFolder, lease: Lease | None, config: Config, step: int, state_bytes: int, warn: Callable[[str], None]
+) -> Checkpointer:
+    """Makes the run folder ready to go on from ``step``. Rank 0 only.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    assert lease is not None
+    made = Checkpointer(folder.checkpoints, config.checkpoint.keep, warn, lease.token, lease.held, state_bytes)
+    folder.write_config(config)
+    try:
+        for file in (folder.metrics, *folder.trace.glob("*.jsonl")):
+            cut_back(file, step)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder.path}: {error.strerror}: make room, or set run.dir") from None
+    return made
 
 
 def make_plans(config: Config, indexes: tuple[Index, Index] | None, runtime: Runtime) -> tuple[TrainPlan, EvalPlan]:
@@ -295,31 +373,50 @@ def make_plans(config: Config, indexes: tuple[Index, Index] | None, runtime: Run
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code: 0 finished, 75 stopped with everything saved, 2 the user's to mend, 1 failed."""
-    args = parse_args(argv)
+    place = Place()
     try:
+        args = parse_args(argv)
+        check_limits(os.environ)
+        place = find_place(os.environ)
+        publish(place, os.environ)
         config = load_config(args.config, args.overrides)
         if args.print_config:
             print(dump_config(config), end="")
             return FINISHED
-        run = build(config)
+        return report_exit(train(config, place))
+    except UserError as error:
+        if place.rank == 0 or not error.everywhere:
+            print(f"error: {error}", file=sys.stderr)
+        return report_exit(USER_ERROR, str(error))
+    except Failure as error:
+        print(f"error: {error}", file=sys.stderr)
+        return report_exit(FAILED, str(error))
+    except KeyboardInterrupt:
+        print("interrupted twice; what was trained since the newest checkpoint is not saved", file=sys.stderr)
+        return report_exit(FAILED, "interrupted twice; not saved")
+    except Exception as error:
+        traceback.print_exc()
+        return report_exit(FAILED, f"{type(error).__name__}: {error}")
+
+
+def train(config: Config, place: Place) -> int:
+    """One start of a run, from its parts to its last words; returns the exit code."""
+    with contextlib.ExitStack() as leaving:
+        try:
+            run = build(config, place, leaving)
+        except Interrupted:
+            if place.rank == 0:
+                print(f"{STOP.received}: stopped before the first step; the same command starts again")
+            return STOPPED
         code = FAILED
         try:
             code = run.loop()
         finally:
             run.log.close(code)
-        run.runtime.close()
-        if run.last_words:
-            print(run.last_words, flush=True)
-        return report_exit(code)
-    except UserError as error:
-        if is_main_process() or not error.everywhere:
-            print(f"error: {error}", file=sys.stderr)
-        return report_exit(USER_ERROR, str(error))
-    except KeyboardInterrupt:
-        return report_exit(FAILED, "interrupted twice; not saved")
-    except Exception as error:
-        traceback.print_exc()
-        return report_exit(FAILED, f"{type(error).__name__}: {error}")
+    run.runtime.close()
+    if run.last_words:
+        print(run.last_words, flush=True)
+    return code
 
 
 if __name__ == "__main__":

@@ -7,14 +7,16 @@ checksums cover the records but not the directory that leads to them, so the arc
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import pickle
 import re
+import shutil
 import threading
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, cast
 
 import torch
 
@@ -22,6 +24,7 @@ from distrib.config import UserError
 
 PATTERN = re.compile(r"^step_(\d{8,})\.pt$")
 TEMPORARY = ".partial"
+PROBE = 1 << 16  # bytes that are really written to see whether the disk takes any: an empty file fits a full one
 LABEL = b"crc32 "  # begins the archive's comment; eight hexadecimal digits follow and end the file
 DIGITS = 8
 
@@ -42,20 +45,13 @@ def verify(path: Path) -> str | None:
     """Reads the whole file against its checksum; returns what is wrong with it, or None."""
     try:
         with path.open("rb") as file:
-            size = max(0, os.fstat(file.fileno()).st_size - DIGITS)
-            found, written = _checksum(file, size), file.read()
+            left, found = max(0, os.fstat(file.fileno()).st_size - DIGITS), 0
+            while left and (part := file.read(min(left, 1 << 20))):
+                found, left = zlib.crc32(part, found), left - len(part)
+            written = file.read()
     except OSError as error:
         return error.strerror or str(error)
-    return None if found == written else "it does not match its checksum"
-
-
-def _checksum(file: BinaryIO, size: int) -> bytes:
-    """CRC-32 of the first ``size`` bytes, as ``DIGITS`` digits; leaves the file behind them."""
-    file.seek(0)
-    value = 0
-    while size and (part := file.read(min(size, 1 << 20))):
-        value, size = zlib.crc32(part, value), size - len(part)
-    return b"%08x" % value
+    return None if b"%08x" % found == written else "it does not match its checksum"
 
 
 def newest_valid(folder: Path, notify: Callable[[str], None]) -> Path | None:
@@ -85,22 +81,49 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
 class Checkpointer:
     """Saves into one folder. Only the rank that writes makes one; ``save`` returns after the copy to host memory.
 
-    A save that fails (a full disk) is reported by ``notify`` and leaves the older files as they are.
+    ``writer`` is unique to this start and part of the temporary files' names, so that nothing of two writers is ever
+    mixed; ``owned`` says before each commit whether the folder is still ours. A save that fails (a full disk) is
+    reported by ``notify`` and leaves the older files as they are.
     """
 
-    def __init__(self, folder: Path, keep: int, notify: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        notify: Callable[[str], None],
+        writer: str = "",
+        owned: Callable[[], bool] = lambda: True,
+        needed: int = 0,
+    ) -> None:
+        """``needed``: bytes of one checkpoint, about.
+
+        Raises:
+            UserError: the folder cannot be written, or the disk has no room for one checkpoint.
+        """
         self._folder, self._keep, self._notify = folder, keep, notify
+        self._writer, self._owned = writer, owned
         self._thread: threading.Thread | None = None
         self._saved: int | None = None  # the newest step that is on disk by this object's doing
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for left in folder.glob(f"*{TEMPORARY}"):  # a save that was killed
                 left.unlink()
-            probe = folder / f".probe{TEMPORARY}"
-            probe.write_bytes(b"")
-            probe.unlink()
+            probe = folder / f".probe.{writer}{TEMPORARY}"
+            try:
+                with probe.open("wb") as file:
+                    file.write(bytes(PROBE))
+                    file.flush()
+                    os.fsync(file.fileno())  # a network disk says it no sooner
+            finally:
+                probe.unlink(missing_ok=True)
+            free = shutil.disk_usage(folder).free
         except OSError as error:
             raise UserError(f"cannot write checkpoints to {folder}: {error.strerror}: set run.dir") from None
+        if free < needed:
+            raise UserError(
+                f"{folder} has room for {free / 1e6:.0f} MB, and one checkpoint takes about {needed / 1e6:.0f} MB: "
+                "make room, or set run.dir"
+            )
 
     def save(self, state: dict[str, Any], step: int, best: int | None) -> None:
         """Takes a copy of ``state`` and writes it in the background; keeps the last ``keep`` files and step ``best``.
@@ -118,11 +141,14 @@ class Checkpointer:
                 copied.synchronize()
             path = path_for(self._folder, step)
             try:
-                commit(snapshot, path)
+                if not self._owned():
+                    raise RuntimeError("another process writes this folder by now")
+                commit(snapshot, path, self._writer)
                 self._saved = step
                 self._retire(step, best)
-            except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            except (OSError, RuntimeError) as error:
+                told = error.strerror if isinstance(error, OSError) else str(error)
+                reason = told.splitlines()[0] if told else type(error).__name__
                 self._notify(f"checkpoint {path} was not saved: {reason}; the run and older checkpoints go on")
 
         self._thread = threading.Thread(target=write, name="checkpoint", daemon=False)
@@ -143,15 +169,23 @@ class Checkpointer:
                     path_for(self._folder, step).unlink()
 
 
-def commit(state: dict[str, Any], path: Path) -> None:
-    """Writes ``state`` so that ``path`` is either absent or whole, also after a power cut."""
-    partial = path.with_name(path.name + TEMPORARY)
+def commit(state: dict[str, Any], path: Path, writer: str = "") -> None:
+    """Writes ``state`` so that ``path`` is either absent or whole, also after a power cut.
+
+    Raises:
+        OSError: the disk's own word for why it could not be written.
+    """
+    partial = path.with_name(f"{path.name}.{writer}{TEMPORARY}")
     try:
-        with partial.open("w+b") as file:
-            torch.save(state, file)
-            file.seek(-2, os.SEEK_END)  # the length of the archive's comment, which comes last
-            file.write((len(LABEL) + DIGITS).to_bytes(2, "little") + LABEL)
-            file.write(_checksum(file, file.tell()))
+        with partial.open("xb") as file:
+            summed = _Summed(file)
+            try:
+                torch.save(state, cast(IO[bytes], summed))
+            except RuntimeError:  # torch's zip writer says "unexpected pos" of a full disk
+                if summed.error is not None:
+                    raise summed.error from None
+                raise
+            summed.finish()
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -164,6 +198,48 @@ def commit(state: dict[str, Any], path: Path) -> None:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
+
+
+class _Summed:
+    """Takes torch's zip archive as it comes and adds up the checksum of what was meant, not of what the disk holds.
+
+    The archive's last two bytes are held back: they are the length of its comment, which then is the checksum.
+    """
+
+    LENGTH = 2
+
+    def __init__(self, file: io.BufferedWriter) -> None:
+        self._file, self._sum, self._tail = file, 0, b""
+        self.error: OSError | None = None  # torch loses it
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Appends ``data``."""
+        view = memoryview(data)
+        if len(view) >= self.LENGTH:
+            self._put(self._tail)
+            self._put(view[: -self.LENGTH])
+            self._tail = bytes(view[-self.LENGTH :])
+        else:
+            whole = self._tail + bytes(view)
+            self._put(whole[: -self.LENGTH])
+            self._tail = whole[-self.LENGTH :]
+        return len(view)
+
+    def flush(self) -> None:
+        """Nothing: the caller flushes."""
+
+    def finish(self) -> None:
+        """Ends the archive with its comment: label and checksum of all before the checksum."""
+        self._put((len(LABEL) + DIGITS).to_bytes(self.LENGTH, "little") + LABEL)
+        self._file.write(b"%08x" % self._sum)
+
+    def _put(self, data: bytes | memoryview) -> None:
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        self._sum = zlib.crc32(data, self._sum)
 
 
 def _to_host(value: Any) -> Any:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import threading
 import time
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
 FINISHED, FAILED, USER_ERROR = 0, 1, 2
 STOPPED = 75  # EX_TEMPFAIL: stopped on request with everything saved, start me again
 
-# What Slurm, submitit, torchrun and a terminal send when the time is up.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+# What Slurm, submitit, torchrun, a terminal that is closed, and a person at one send when the time is up.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
 class Interrupted(Exception):
     """Somebody asked to stop while the run waited for something that may never come, such as a disk or another rank."""
+
+
+class Failure(Exception):
+    """Ends the run with one line and exit code 1: nothing in the configuration or the data would mend it."""
 
 
 class StopSignals:
@@ -28,14 +35,49 @@ class StopSignals:
     def __init__(self) -> None:
         self.received: str | None = None
         self._since = 0.0
+        self._waits_for: str | None = None  # while that is so, nothing is lost by leaving at once
+        # Python runs a handler between two of its own instructions: not while C code waits for another rank. The
+        # number of a signal reaches this pipe at any time, and so the thread that reads it.
+        self._numbers, numbers = os.pipe()
+        os.set_blocking(numbers, False)
+        signal.set_wakeup_fd(numbers, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, name="stop", daemon=True).start()
         for number in STOP_SIGNALS:
-            signal.signal(number, self._note)
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup means it
+                signal.signal(number, self._note)
+
+    def requested(self) -> bool:
+        """Whether a stop signal has come."""
+        return self.received is not None
+
+    @contextlib.contextmanager
+    def leaving_at_once(self, waits_for: str) -> Iterator[None]:
+        """For a wait in C code before anything is trained: a stop signal ends the process there and then, with 75."""
+        if self.requested():
+            raise Interrupted
+        self._waits_for = waits_for
+        try:
+            yield
+        finally:
+            self._waits_for = None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
             self.received, self._since = signal.Signals(number).name, time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - self._since > 1:
             signal.default_int_handler(number, frame)
+
+    def _watch(self) -> None:
+        while numbers := os.read(self._numbers, 64):
+            number = next((n for n in numbers if n in STOP_SIGNALS), None)
+            waits_for = self._waits_for
+            if number is None or waits_for is None:
+                continue
+            line = f"{signal.Signals(number).name}: stopped while waiting for {waits_for}; nothing was trained yet\n"
+            with contextlib.suppress(OSError):
+                os.write(2, line.encode())
+            report_exit(STOPPED)
+            os._exit(STOPPED)
 
 
 class Agreement:
@@ -75,6 +117,6 @@ def report_exit(code: int, message: str = "") -> int:
     """Tells the launcher how this rank ended, as a line "RANK CODE MESSAGE": torchrun says 1 for every failure."""
     path = os.environ.get("DISTRIB_EXIT_CODE_FILE")
     if path:
-        with open(path, "a", encoding="utf-8") as file:
+        with contextlib.suppress(OSError), open(path, "a", encoding="utf-8", errors="replace") as file:
             file.write(f"{os.environ.get('RANK', 0)} {code} {' '.join(message.split())}\n")
     return code

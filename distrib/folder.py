@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -14,8 +15,10 @@ from typing import Any
 
 from distrib.cli import dump_config
 from distrib.config import Config, UserError
+from distrib.jsonl import dumps
 
 PACKAGES = ("distrib", "torch", "torchvision", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "wandb")
+PARTS = ("progress", "config", "data", "model", "optimizer", "statistics", "scaler")  # of each checkpoint
 # Another value would make a step mean something else: other images, another network.
 FIXED = ("model", "run.seed", "train.global_batch", "data.size")
 
@@ -24,7 +27,7 @@ class RunFolder:
     """Paths of a run folder and its small files."""
 
     def __init__(self, path: str) -> None:
-        self.path = Path(path)
+        self.path = Path(os.path.expanduser(path))  # a shell leaves the ~ of run.dir=~/runs/a to us
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
         self.bad_samples = self.path / "bad_samples.jsonl"
@@ -32,23 +35,35 @@ class RunFolder:
         self._summary = self.path / "summary.json"
 
     def write_config(self, config: Config) -> None:
-        """``config.yaml``: a header with versions, then what ``--config`` reads back to the same run."""
+        """``config.yaml``: a header with versions, then what ``--config`` reads back to the same run.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
         header = [
             f"# {' '.join(sys.orig_argv)}",
             f"# {', '.join(_versions())}, Python {platform.python_version()}, git {_git_revision()}",
         ]
-        _replace(self.path / "config.yaml", "\n".join([*header, dump_config(config)]))
+        try:
+            _replace(self.path / "config.yaml", "\n".join([*header, dump_config(config)]))
+        except OSError as error:
+            raise UserError(f"cannot write to {self.path}: {error.strerror}: make room, or set run.dir") from None
 
     def write_summary(self, values: Mapping[str, Any]) -> None:
-        """``summary.json``: how the run ended."""
-        _replace(self._summary, json.dumps(dict(values), indent=2) + "\n")
+        """``summary.json``: how the run ended.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        _replace(self._summary, dumps(values, indent=2) + "\n")
 
     def summary(self) -> dict[str, Any] | None:
-        """The last summary, or None."""
+        """The last summary; None where there is none, or none that a run has written."""
         try:
-            return json.loads(self._summary.read_text(encoding="utf-8"))
+            values = json.loads(self._summary.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
+        return values if isinstance(values, dict) else None
 
 
 def check_resumable(
@@ -57,8 +72,11 @@ def check_resumable(
     """Refuses a checkpoint of another network, data set, seed or batch; says which other keys have changed.
 
     Raises:
-        UserError: naming the key, both values and the way out.
+        UserError: naming the key, both values and the way out; or the file is no checkpoint of this trainer.
     """
+    missing = [part for part in PARTS if not isinstance(saved, Mapping) or part not in saved]
+    if missing:
+        raise UserError(f"{path} has no {missing[0]!r}, so it is no checkpoint of this trainer: move it away")
     old, new = _flatten(saved["config"]), _flatten(config.model_dump(mode="json"))
     changed = {key: (old.get(key), new.get(key)) for key in sorted(old | new) if old.get(key) != new.get(key)}
     for key, (before, now) in changed.items():
@@ -107,5 +125,13 @@ def _git_revision() -> str:
 
 def _replace(path: Path, text: str) -> None:
     new = path.with_name(f"{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, path)
+    try:
+        with new.open("w", encoding="utf-8", errors="surrogateescape") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            new.unlink()
+        raise

@@ -8,7 +8,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import io
-import json
+import itertools
 import math
 import netrc
 import os
@@ -28,6 +28,7 @@ from rich.table import Table
 from rich.text import Text
 
 from distrib.config import WandbConfig
+from distrib.jsonl import JsonlFile
 
 Level = Literal["info", "warning", "error"]
 
@@ -35,6 +36,7 @@ Level = Literal["info", "warning", "error"]
 # finishes while it still waits for the server then has time to write its records offline.
 INIT_SECONDS = 20.0
 CLOSE_SECONDS = 30.0
+RETRY_SECONDS = 60.0
 
 # The public server, which W&B calls by the first name since 0.31, and keys in old .netrc files by the second.
 SAME_SERVER = {"api.forge.coreweave.com": "api.wandb.ai"}
@@ -72,32 +74,32 @@ class Sink(Protocol):
 
 
 class Log:
-    """Hands everything to all sinks. A sink that raises is named once on the others and left out: no log ends a run.
+    """Hands everything to all sinks. No sink ends a run: one that raises is named on the others, and tried again.
 
     Sinks close in reverse order, so the console goes first in the list and shows what the others say while closing.
     """
 
     def __init__(self, sinks: Sequence[Sink] = ()) -> None:
         self._sinks = tuple(sinks)
-        self._working = self._sinks
+        self._failing: set[Sink] = set()
 
     def record(self, record: Mapping[str, Any]) -> None:
         """Numbers of one step or one evaluation."""
-        self._each(self._working, lambda sink: sink.record(record))
+        self._each(self._sinks, lambda sink: sink.record(record))
 
     def message(self, text: str, level: Level = "info") -> None:
         """A sentence for a person. Any thread may call it."""
-        self._each(self._working, lambda sink: sink.message(text, level))
+        self._each(self._sinks, lambda sink: sink.message(text, level))
 
     def warning(self, text: str) -> None:
         """A message that is marked as a warning."""
         self.message(text, "warning")
 
     def close(self, exit_code: int) -> None:
-        """Closes every sink, those left out too: they may hold the terminal or a file. A second call does nothing."""
-        sinks, self._sinks = self._sinks, ()
-        self._each(sinks[::-1], lambda sink: sink.close(exit_code))
-        self._working = ()
+        """Closes every sink. A second call does nothing."""
+        for sink in self._sinks[::-1]:
+            self._try(sink, lambda sink: sink.close(exit_code))
+            self._sinks = tuple(other for other in self._sinks if other is not sink)
 
     def _each(self, sinks: Sequence[Sink], action: Callable[[Sink], None]) -> None:
         for sink in sinks:
@@ -107,10 +109,13 @@ class Log:
         try:
             action(sink)
         except Exception as error:
-            working = tuple(other for other in self._working if other is not sink)
-            if len(working) < len(self._working):
-                self._working = working
-                self.warning(f"{type(sink).__name__} failed, the run goes on without it: {_brief(error)}")
+            if sink not in self._failing:  # once, until it works again
+                self._failing.add(sink)
+                others = [other for other in self._sinks if other not in self._failing]
+                text = f"{type(sink).__name__} failed, the run goes on without it: {_brief(error)}"
+                self._each(others, lambda other: other.message(text, "warning"))
+        else:
+            self._failing.discard(sink)
 
 
 class ConsoleSink:
@@ -185,16 +190,16 @@ class ConsoleSink:
 
 
 class JsonlSink:
-    """One JSON object a line, records only. NaN and infinities become null, which pandas reads as NaN again."""
+    """One JSON object a line, records only; what a failing disk does not take is written when it does."""
 
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8")
+    def __init__(
+        self, path: Path, notify: Callable[[str], None] = print, owned: Callable[[], bool] = lambda: True
+    ) -> None:
+        self._file = JsonlFile(path, notify, owned)
 
     def record(self, record: Mapping[str, Any]) -> None:
-        """Appends the record; it is with the operating system when this returns."""
-        self._file.write(json.dumps(_jsonable(record), allow_nan=False) + "\n")
-        self._file.flush()
+        """Appends the record; it is with the operating system when this returns, or waits for the next one."""
+        self._file.append(record)
 
     def message(self, text: str, level: Level = "info") -> None:
         """Nothing: the file holds numbers."""
@@ -202,32 +207,6 @@ class JsonlSink:
     def close(self, exit_code: int) -> None:
         """Closes the file."""
         self._file.close()
-
-
-def truncate_jsonl(path: Path, step: int) -> None:
-    """Drops the lines of later steps, and torn ones: a resumed run does their work again and logs it once.
-
-    A missing file is fine. The old file or the new one is there at any time, never half of one.
-    """
-    if not path.exists():
-        return
-    lines = path.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if _belongs(line, step)]
-    if kept == lines:
-        return
-    new = path.with_name(f"{path.name}.new")
-    with new.open("wb") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
-
-
-def _belongs(line: bytes, step: int) -> bool:
-    try:
-        return line.endswith(b"\n") and json.loads(line)["step"] <= step
-    except (ValueError, TypeError, KeyError):
-        return False
 
 
 def new_run_id() -> str:
@@ -257,9 +236,11 @@ class WandbSink:
         if self._mode not in ("online", "offline", "disabled"):
             notify(f"W&B: WANDB_MODE={named} is not online, offline or disabled; it stays {cfg.mode}")
             self._mode = cfg.mode
+        os.environ["WANDB_MODE"] = self._mode  # W&B reads it too, and would refuse what we have put right
         self._notify = notify
         self._thread: threading.Thread | None = None
         self._over = False  # nobody reads the queue any more
+        self._closing = threading.Event()
         if self._mode == "disabled":
             return
         # W&B's reports about itself wait for its server for up to 20 s when the process exits.
@@ -303,6 +284,7 @@ class WandbSink:
             return
         atexit.unregister(self.close)
         self._queue.put(exit_code)
+        self._closing.set()
         thread.join(CLOSE_SECONDS)
         if thread.is_alive():
             self._over = True
@@ -313,30 +295,44 @@ class WandbSink:
     def _work(self) -> None:
         try:
             run = self._start()
-            restarted = False
-            while True:
+        except Exception:
+            run = None  # told with the first item, which tries again
+        try:
+            item: dict[str, Any] | int = {}
+            while not isinstance(item, int):
                 item = self._queue.get()
-                try:
-                    self._hand_over(run, item)
-                except Exception:
-                    # W&B's service process is in its own session, out of reach of torchrun's and the terminal's
-                    # signals. But Slurm sends SIGTERM to every process of a job, and the service dies of it.
-                    if restarted or self._over:
-                        raise
-                    restarted = True
-                    self._reset()
-                    run = self._start()
-                    self._hand_over(run, item)
-                if isinstance(item, int):
-                    break
+                run = self._deliver(run, item)
         except Exception as error:
             if not self._over:
                 self._over = True
-                self._notify(f"W&B failed, the run goes on without it: {_brief(error)}")
+                self._notify(f"W&B failed, what is missing stands in metrics.jsonl: {_brief(error)}")
             self._reset()
         else:
             self._over = True
             self._tear_down()
+
+    def _deliver(self, run: Any, item: dict[str, Any] | int) -> Any:
+        """Hands ``item`` over, however long W&B is out of order; returns the run that took it.
+
+        W&B's service process is in its own session, out of reach of torchrun's and the terminal's signals. But Slurm
+        sends SIGTERM to every process of a job, and the service dies of it: so one new start is tried at once.
+        """
+        for attempt in itertools.count():
+            try:
+                if run is None:
+                    run = self._start()
+                self._hand_over(run, item)
+                break
+            except Exception as error:
+                if self._over or (attempt > 0 and self._closing.is_set()):
+                    raise
+                run = None
+                self._reset()
+                if attempt == 1:
+                    self._notify(f"W&B failed, the run goes on and W&B is tried again: {_brief(error)}")
+                if attempt >= 1:
+                    self._closing.wait(RETRY_SECONDS)
+        return run
 
     def _start(self) -> Any:
         try:
@@ -427,15 +423,3 @@ def _duration(seconds: float) -> str:
 def _brief(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else f"{text[:200]}…"
-
-
-def _jsonable(value: Any) -> Any:
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _jsonable(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(inner) for inner in value]
-    return _jsonable(value.item()) if hasattr(value, "item") else str(value)  # numpy's and torch's numbers

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +12,8 @@ import torch
 
 from distrib.data import Batch, TrainPlan
 from distrib.data.draws import draws
+from distrib.faults import Interrupted
+from distrib.jsonl import JsonlFile
 from distrib.runtime import Runtime
 
 
@@ -31,10 +32,16 @@ class TrainMeter:
         self._wait = self._busy = self._all_busy = 0.0
         self._mark = time.perf_counter()
 
-    def fetch(self, stream: Iterator[Batch]) -> list[Batch]:
-        """Takes a step's batches from the loader and notes how long that kept the step waiting."""
+    def fetch(self, stream: Iterator[Batch]) -> list[Batch] | None:
+        """Takes a step's batches from the loader and notes how long that kept the step waiting.
+
+        None where somebody asked to stop while the data did not come.
+        """
         began = time.perf_counter()
-        batches = [next(stream) for _ in range(self._plan.accumulation)]
+        try:
+            batches = [next(stream) for _ in range(self._plan.accumulation)]
+        except Interrupted:
+            return None
         self._wait += time.perf_counter() - began
         return batches
 
@@ -120,10 +127,9 @@ class SaveTimer:
 class Trace:
     """``trace/rank_00000.jsonl``: what each step really saw, for comparing runs bit by bit. It waits for the device."""
 
-    def __init__(self, folder: Path, plan: TrainPlan) -> None:
+    def __init__(self, folder: Path, plan: TrainPlan, notify: Callable[[str], None] = print) -> None:
         self._plan = plan
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / f"rank_{plan.rank:05d}.jsonl").open("a", encoding="utf-8")
+        self._file = JsonlFile(folder / f"rank_{plan.rank:05d}.jsonl", notify)
 
     def step(self, step: int, batches: Sequence[Batch], loss: torch.Tensor) -> None:
         """Writes {"step", "ids", "draws", "loss"}: this rank's samples, a checksum of each one's draws, summed loss."""
@@ -133,9 +139,7 @@ class Trace:
             for row in draws(self._plan.seed, part.epoch, part.positions)
         ]
         ids = [sample for batch in batches for sample in batch.ids.tolist()]
-        line = {"step": step, "ids": ids, "draws": checksums, "loss": float(loss).hex()}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        self._file.append({"step": step, "ids": ids, "draws": checksums, "loss": float(loss).hex()})
 
     def close(self) -> None:
         """Closes the file."""

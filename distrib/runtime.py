@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -13,11 +16,14 @@ import torch
 import torch.distributed as dist
 
 from distrib.config import UserError
+from distrib.faults import Interrupted, StopSignals
+from distrib.place import Place
 
 T = TypeVar("T")
 
 # Rank 0 may index a data set of millions of files, or write a large checkpoint, while the others wait.
 CONTROL_TIMEOUT = timedelta(hours=2)
+SLOW_SECONDS = 15.0  # a wait for the other ranks that is worth a line
 
 
 @dataclass(frozen=True)
@@ -37,12 +43,12 @@ class Runtime:
         return self.rank == 0
 
     def on_main(self, call: Callable[[], T]) -> T:
-        """Runs ``call`` on rank 0 and gives every rank its result, or its UserError."""
+        """Runs ``call`` on rank 0 and gives every rank its result, or its UserError or Interrupted."""
         outcome: list[Any] = [None, None]
         if self.is_main:
             try:
                 outcome[0] = call()
-            except UserError as error:
+            except (UserError, Interrupted) as error:
                 outcome[1] = error
         if self.world > 1:
             dist.broadcast_object_list(outcome, src=0, group=self.control)
@@ -123,14 +129,14 @@ class Runtime:
             dist.destroy_process_group()
 
 
-def start() -> Runtime:
-    """Joins the run that torchrun's environment describes (RANK, WORLD_SIZE, …); without one, a run of one process.
+def start(place: Place = Place(), stop: StopSignals | None = None) -> Runtime:  # noqa: B008  a frozen value
+    """Joins the run in which this process has its ``place``; the place is published as torchrun's variables.
 
     Raises:
-        UserError: more processes on this machine than GPUs.
+        UserError: more processes on this machine than GPUs, or the ranks do not find each other.
+        Interrupted: asked to stop before they did.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    rank, world, local_rank, local_world = place.rank, place.world, place.local_rank, place.local_world
     if torch.cuda.is_available():
         if local_world > torch.cuda.device_count():
             raise UserError(
@@ -146,11 +152,22 @@ def start() -> Runtime:
         if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
             torch.set_num_threads(max(1, _cores() // local_world))
     control = None
-    if world > 1:
+    if place.master is not None:
+        host, port = place.master
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         device_id = device if device.type == "cuda" else None
-        dist.init_process_group(backend, rank=rank, world_size=world, device_id=device_id)
-        control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+        meeting = f"all {world} ranks at {host}:{port}"
+        try:
+            leaving = stop.leaving_at_once(meeting) if stop is not None else contextlib.nullcontext()
+            with leaving, _told_when_slow(f"rank {rank} waits for {meeting}"):
+                dist.init_process_group(backend, rank=rank, world_size=world, device_id=device_id)
+                control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+        except RuntimeError as error:  # torch's own kinds for a store and for sockets are RuntimeErrors
+            raise UserError(
+                f"rank {rank} did not meet {meeting}: {_first_line(error)}: start them all, with the same MASTER_ADDR "
+                "and a free MASTER_PORT",
+                everywhere=False,
+            ) from None
     return Runtime(rank, world, local_rank, local_world, device, control)
 
 
@@ -158,6 +175,16 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def is_main_process() -> bool:
-    """Whether this is rank 0, also before ``start``."""
-    return int(os.environ.get("RANK", 0)) == 0
+@contextlib.contextmanager
+def _told_when_slow(line: str) -> Iterator[None]:
+    timer = threading.Timer(SLOW_SECONDS, lambda: print(line, file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -20,7 +20,7 @@ from torch import nn
 from distrib import checkpoint
 from distrib.checkpoint import Checkpointer, commit, load, newest_valid, path_for, steps_in, verify
 from distrib.config import Config, UserError
-from distrib.folder import check_resumable
+from distrib.folder import PARTS, check_resumable
 
 State = dict[str, Any]
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -146,9 +146,9 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Writing begins when it is set."""
     opened = threading.Event()
 
-    def wait_and_commit(state: State, path: Path) -> None:
+    def wait_and_commit(state: State, path: Path, writer: str) -> None:
         assert opened.wait(30)
-        commit(state, path)
+        commit(state, path, writer)
 
     monkeypatch.setattr(checkpoint, "commit", wait_and_commit)
     yield opened
@@ -202,6 +202,7 @@ def fail(error: Exception) -> Callable[..., None]:
     [
         ((torch, "save"), save_half_then_fail(FULL), "No space left on device"),
         ((torch, "save"), save_half_then_fail(RuntimeError("[enforce fail] . file write\nat x")), "[enforce fail] ."),
+        ((checkpoint._Summed, "_put"), fail(FULL), "No space left on device"),
         ((os, "replace"), fail(FULL), "No space left on device"),
         ((os, "fsync"), fail(OSError(errno.EIO, "Input/output error")), "Input/output error"),
     ],
@@ -257,7 +258,7 @@ def test_the_kernel_refuses_to_write_more(checkpointer: Checkpointer, tmp_path: 
         signal.signal(signal.SIGXFSZ, handler)
     assert files(tmp_path) == before
     assert len(notes) == 1
-    assert "was not saved" in notes[0]
+    assert "was not saved: File too large" in notes[0]  # the disk's word, not torch's "unexpected pos"
 
 
 @pytest.mark.parametrize("folder", ["file/checkpoints", "file"])
@@ -269,9 +270,16 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, folder: str) -> None:
 
 
 def test_a_full_disk_is_noticed_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "write_bytes", fail(FULL))
+    monkeypatch.setattr(os, "fsync", fail(FULL))
     with pytest.raises(UserError, match="No space left on device"):
         Checkpointer(tmp_path / "new", keep=1, notify=fail(AssertionError()))
+    assert files(tmp_path / "new") == {}
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_noticed_at_the_start(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has room for \d+ MB, and one checkpoint takes about \d+ MB: make room"):
+        Checkpointer(tmp_path, keep=1, notify=fail(AssertionError()), needed=1 << 62)
+    assert files(tmp_path) == {}
 
 
 def test_leftovers_of_a_killed_save_are_removed(tmp_path: Path) -> None:
@@ -406,7 +414,7 @@ def config(**changes: Any) -> Config:
 
 def check(new: Config, data: str = "images") -> list[str]:
     notes: list[str] = []
-    saved = {"config": Config().model_dump(mode="json"), "data": "images"}
+    saved = dict.fromkeys(PARTS) | {"config": Config().model_dump(mode="json"), "data": "images"}
     check_resumable(saved, new, data, Path("runs/a/checkpoints/step_00000001.pt"), notes.append)
     return notes
 

@@ -16,8 +16,9 @@ LAYERS = (
     ("distrib.engine", "distrib.checkpoint", "distrib.folder", "distrib.log", "distrib.metrics"),
     ("distrib.data", "distrib.models", "distrib.optim", "distrib.augment"),
     ("distrib.runtime",),
+    ("distrib.lease",),
     ("distrib.faults", "distrib.jsonl"),
-    ("distrib.layout", "distrib.surroundings"),
+    ("distrib.layout", "distrib.place", "distrib.surroundings"),
     ("distrib.cli",),
     ("distrib.config",),
     ("distrib",),  # the package itself: its version
