@@ -376,7 +376,7 @@ def main(argv: Sequence[str]) -> int:
     place = Place()
     try:
         args = parse_args(argv)
-        check_limits(os.environ)
+        check_limits()
         place = find_place(os.environ)
         publish(place, os.environ)
         config = load_config(args.config, args.overrides)

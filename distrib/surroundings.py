@@ -12,7 +12,7 @@ import re
 import resource
 import sys
 import tempfile
-from collections.abc import Mapping, MutableMapping
+from collections.abc import MutableMapping
 from typing import IO, Any
 
 from distrib.config import UserError
@@ -39,12 +39,14 @@ def settle() -> None:
 
 
 def settle_environment(environ: MutableMapping[str, str]) -> None:
-    """Unsets variables whose value is blank, and folders that cannot be meant; finds a home where there is none."""
+    """Unsets variables whose value is blank or cannot be meant; finds a home where there is none."""
     for name in [name for name, value in environ.items() if not value.strip() and NEVER_EMPTY.fullmatch(name)]:
         del environ[name]
     for name in [name for name in environ if re.fullmatch(r"XDG_\w+_(HOME|DIR)", name)]:
         if not os.path.isabs(environ[name]):  # "the path must be absolute, else ignore it": XDG base directories 0.8
             del environ[name]
+    if not re.fullmatch(r"\s*[1-9][0-9]*\s*(,\s*[1-9][0-9]*\s*)*", environ.get("OMP_NUM_THREADS", "1")):
+        del environ["OMP_NUM_THREADS"]  # OpenMP would complain in every process, and do as if it were unset
     try:
         user = pwd.getpwuid(os.getuid())
     except KeyError:  # a container's made-up user
@@ -57,18 +59,15 @@ def settle_environment(environ: MutableMapping[str, str]) -> None:
         environ["HOME"] = os.path.join(tempfile.gettempdir(), f"distrib-home-{os.getuid()}")
 
 
-def check_limits(environ: Mapping[str, str]) -> None:
+def check_limits() -> None:
     """Refuses what no run can live with.
 
     Raises:
-        UserError: too few files may be open, or OMP_NUM_THREADS is no number.
+        UserError: too few files may be open.
     """
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < OPEN_FILES:
         raise UserError(f"only {soft} files may be open at once: raise the limit (ulimit -n 4096)", everywhere=False)
-    threads = environ.get("OMP_NUM_THREADS", "1")
-    if not re.fullmatch(r"\s*[1-9][0-9]*\s*(,\s*[1-9][0-9]*\s*)*", threads):
-        raise UserError(f"OMP_NUM_THREADS is {threads!r}, which is no number of threads: set it right, or unset it")
 
 
 class ForgivingStream:
