@@ -29,7 +29,7 @@ from distrib.config import UserError
 from distrib.data.staging import discard, staged, sweep, write_file
 from distrib.faults import Interrupted
 from distrib.layout import check_writable, class_folders, index_base
-from distrib.layout.folders import EXTENSIONS, as_utf8, patiently, reason, shown, unreadable, walk
+from distrib.layout.folders import as_utf8, patiently, reason, shown, unreadable, walk, without_images
 
 VERSION = 2
 SCRATCH = ".index-"
@@ -219,11 +219,7 @@ def list_images(
             notify(f"indexing {shown(source)}: {k + 1} of {len(classes)} classes, {len(paths):,} images")
     empty = [name for name, count in zip(classes, counts, strict=True) if not count]
     if empty:
-        raise UserError(
-            f"{shown(source / os.fsdecode(empty[0]))} holds no images ({', '.join(EXTENSIONS)})"
-            + (f", nor do {len(empty) - 1} more class folders" if empty[1:] else "")
-            + ": fill or remove it"
-        )
+        raise without_images(source, empty)
     if odd:
         notify(
             f"{shown(source)}: passed over {len(odd)} that {'is' if len(odd) == 1 else 'are'} named like an image but "

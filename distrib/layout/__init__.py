@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from distrib.config import DataConfig, UserError
-from distrib.layout.folders import as_utf8, patiently, reason, scan, shown, unreadable, walk
+from distrib.layout.folders import as_utf8, patiently, reason, scan, shown, unreadable, walk, without_images
 
 SPLITS = ("train", "val")
 
@@ -23,6 +23,8 @@ SAMPLE_CLASSES = (
     "0-t-shirt", "1-trouser", "2-pullover", "3-dress", "4-coat",
     "5-sandal", "6-shirt", "7-sneaker", "8-bag", "9-ankle-boot",
 )  # fmt: skip
+
+FEW = 10  # class folders that are looked into to explain a mistake
 
 _LAYOUT = "data.root must hold train/ and val/ with a folder a class"
 _OTHER_NAMES = {"train": ("training",), "val": ("validation", "valid", "test")}
@@ -75,7 +77,7 @@ def look(cfg: DataConfig, classes: int) -> None:
     """
     if cfg.loader == "synthetic":
         return
-    root = data_root(cfg)
+    root = data_root(cfg).absolute()
     if cfg.root == SAMPLE:
         found = len(SAMPLE_CLASSES)
         if not root.exists():
@@ -102,12 +104,12 @@ def count_images(cfg: DataConfig, split: str, limit: int) -> int:
     """
     if cfg.loader == "synthetic":
         return min(limit, cfg.synthetic.train if split == "train" else cfg.synthetic.val)
-    root = data_root(cfg)
+    root = data_root(cfg).absolute()
     if cfg.root == SAMPLE:
         return min(limit, SAMPLE_IMAGES[split])
     count = 0
     for name in class_folders(root / split):
-        for folder in walk(root.absolute() / split, name):
+        for folder in walk(root / split, name):
             count += len(folder.pictures)
             if count >= limit:
                 return limit
@@ -179,6 +181,9 @@ def _check_same(root: Path, train: list[bytes], val: list[bytes]) -> None:
     for here, there, names, others in sides:
         only = sorted(set(names) - set(others), key=as_utf8)
         if only:
+            empty = [name for name in only[:FEW] if not any(folder.pictures for folder in walk(here, name))]
+            if empty:
+                raise without_images(here, empty)
             loose = patiently(scan, os.fsencode(there))[1]
             raise UserError(
                 f"class folders differ: {', '.join(map(shown, only[:3]))}{' …' if only[3:] else ''} "

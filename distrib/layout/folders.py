@@ -109,6 +109,13 @@ def unreadable(folder: Path, error: OSError) -> UserError:
     return UserError(f"cannot read {shown(where)}: {reason(error)} (data.root)")
 
 
+def without_images(source: Path, names: list[bytes]) -> UserError:
+    """What to raise where these class folders of ``source`` hold no picture."""
+    more = f", nor do {len(names) - 1} more class folders" if names[1:] else ""
+    first = shown(source / os.fsdecode(names[0]))
+    return UserError(f"{first} holds no images ({', '.join(EXTENSIONS)}){more}: fill or remove it")
+
+
 def scan(folder: bytes) -> tuple[list[bytes], list[bytes], list[bytes]]:
     """Names of the folders, of the pictures, and of what is named as a picture and is none; hidden ones passed over."""
     folders: list[bytes] = []
