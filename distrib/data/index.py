@@ -102,7 +102,7 @@ class Index:
     def is_fresh(self) -> bool:
         """Whether the folders below class folders are as they were; those of the classes are in the index's name."""
         try:
-            return all(_stamp(self.root, _as_bytes(path)) == stamp for path, stamp in self.nested.items())
+            return all(_stamp(self._prefix + _as_bytes(path)) == stamp for path, stamp in self.nested.items())
         except OSError:
             return False
 
@@ -163,7 +163,8 @@ def open_index(
     sweep(base, SCRATCH)
     # Adding or removing a file changes its folder's time: one stat a folder tells, not one a file.
     try:
-        key = _key(source, classes, [_stamp(source, name) for name in classes])
+        prefix = os.fsencode(source) + b"/"
+        key = _key(source, classes, [_stamp(prefix + name) for name in classes])
     except OSError as error:
         raise unreadable(source, error) from None
     for folder in sorted(base.glob(f"{split}-{key}-*")):
@@ -267,8 +268,8 @@ def write_index(base: Path, split: str, listing: Listing) -> Index:
         raise UserError(f"cannot write the index to {shown(base)}: {reason(error)}: {WAY_OUT}") from None
 
 
-def _stamp(source: Path, path: bytes) -> int:
-    return patiently(os.stat, os.fsencode(source) + b"/" + path).st_mtime_ns
+def _stamp(folder: bytes) -> int:
+    return patiently(os.stat, folder).st_mtime_ns
 
 
 def _key(source: Path, classes: list[bytes], stamps: list[int]) -> str:
