@@ -291,6 +291,17 @@ def test_changes_below_a_class_folder_are_noticed(root: Path, change: str) -> No
     assert opened(root)[1] == []
 
 
+def test_a_damaged_index_of_what_has_changed_since_is_told_once(root: Path) -> None:
+    below = nest(root)
+    index, _ = opened(root)
+    os.truncate(index.folder / "labels.npy", 130)
+    (below / "new.jpg").touch()
+    again, said = opened(root)
+    assert len(said) == 2
+    assert os.listdir(again.folder.parent) == [again.folder.name] != [index.folder.name]
+    assert opened(root)[1] == []
+
+
 @pytest.mark.parametrize("coarse", [False, True])
 @pytest.mark.parametrize("below", [False, True])
 def test_a_change_in_the_very_tick_of_the_listing_is_noticed(
