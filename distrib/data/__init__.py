@@ -7,40 +7,42 @@ from pathlib import Path
 
 import torch
 
-from distrib.config import DataConfig, UserError
+from distrib.config import DataConfig
 from distrib.data import sample
-from distrib.data.index import Index, cache_dir, check_same_classes, open_index
+from distrib.data.index import Index, open_index
 from distrib.data.loader import Batch, Loader
 from distrib.data.order import EvalPlan, TrainPlan
 from distrib.data.quarantine import Quarantine
 from distrib.data.synthetic import SyntheticLoader
+from distrib.layout import SAMPLE, SPLITS, data_root, look
 
 __all__ = ["Batch", "EvalPlan", "Index", "Loader", "TrainPlan", "build_loader", "open_data"]
 
 
 def open_data(
-    cfg: DataConfig, classes: int, notify: Callable[[str], None] = lambda text: None
+    cfg: DataConfig,
+    classes: int,
+    notify: Callable[[str], None] = lambda text: None,
+    stop: Callable[[], bool] = lambda: False,
+    verify: bool = True,
 ) -> tuple[Index, Index] | None:
     """The indexes of the training and validation images, built where there are none; None for synthetic data.
 
+    Args:
+        verify: whether to check that the indexes are what was written, which reads them: for one process a machine.
+
     Raises:
         UserError: the data is not there or does not fit together, or ``classes`` is not what it holds.
+        Interrupted: ``stop()`` while the data was listed.
     """
     if cfg.loader == "synthetic":
         return None
-    if "${" in cfg.root or not cfg.root:
-        raise UserError(
-            f"data.root is {cfg.root!r} and that variable is not set: set IMAGENET_DIR to the folder that holds "
-            "train/ and val/, or train the built-in sample: --config configs/quickstart.yaml"
-        )
-    root = sample.unpack(cache_dir(), notify) if cfg.root == sample.ROOT else Path(cfg.root).expanduser()
-    train, val = (open_index(root, split, cfg.index_dir, notify) for split in ("train", "val"))
-    check_same_classes(train, val)
-    if len(train.classes) != classes:
-        raise UserError(
-            f"model.num_classes is {classes}, but {root} has {len(train.classes)} class folders: "
-            f"set model.num_classes={len(train.classes)}"
-        )
+    look(cfg, classes)
+    root = data_root(cfg)
+    if cfg.root == SAMPLE:
+        sample.unpack(root, notify, verify)
+    train, val = (open_index(root, split, cfg.index_dir, notify, stop, verify) for split in SPLITS)
+    notify(f"train/: {len(train):,} images, val/: {len(val):,} images, {len(train.classes)} classes")
     return train, val
 
 

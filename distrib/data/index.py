@@ -1,11 +1,11 @@
 """A data set's files as a few memory-mapped arrays, built once.
 
 1.28 million path strings in a Python list cost every rank 150 MB and a walk over the disk; here all ranks of a
-machine share the pages of one blob.
+machine share the pages of one blob. An index is a listing and no more: no picture is opened for it, so that nothing
+about one is remembered here.
 
 On disk, a folder holds ``paths.npy`` (uint8, the relative paths one after the other), ``offsets.npy`` (int64 [n + 1],
-where each begins), ``labels.npy`` (int32 [n]), ``sizes.npy`` (int32 [n, 2], height and width in pixels; zeros where
-the file's header cannot be read) and ``meta.json``, written last.
+where each begins), ``labels.npy`` (int32 [n]) and ``meta.json``, with a checksum of it all.
 """
 
 from __future__ import annotations
@@ -13,45 +13,77 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
-import tempfile
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from distrib.config import UserError
+from distrib.data.staging import discard, staged, sweep, write_file
+from distrib.faults import Interrupted
+from distrib.layout import check_writable, class_folders, index_base
+from distrib.layout.folders import as_utf8, patiently, reason, shown, unreadable, walk, without_images
 
-VERSION = 1
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-READERS = 32  # threads that read headers: on a network disk they wait, they do not compute
+VERSION = 2
+SCRATCH = ".index-"
+WAY_OUT = "set data.index_dir"
+PROGRESS = 10.0  # seconds between words while a large data set is listed
+ARRAYS: dict[str, type[np.generic]] = {"paths": np.uint8, "offsets": np.int64, "labels": np.int32}
+META = {"root": str, "classes": list, "nested": dict, "fingerprint": str, "checksum": str}
 
-Listing = list[tuple[str, list[str]]]  # each class with its files, both sorted
+Notify = Callable[[str], None]
 
 
-def cache_dir() -> Path:
-    """Where indexes and the built-in sample are kept between runs."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "distrib"
+class Damaged(Exception):
+    """What lies on the disk is not an index: why, in a few words."""
 
 
 class Index:
-    """One split of a data set; cheap to open, and to send to a worker process (it travels as its folder's name)."""
+    """One split of a data set; cheap to open, and to send to a worker process (it travels as its folder's name).
 
-    def __init__(self, folder: Path) -> None:
+    Attributes:
+        root: the split's folder, absolute.
+        classes: names of the classes in the order of the labels, decoded as UTF-8 in every locale.
+        labels: int32 [n], mapped from the disk.
+        fingerprint: SHA-256 of the relative paths and the labels.
+    """
+
+    def __init__(self, folder: Path, verify: bool = False) -> None:
+        """Opens an index. ``verify`` reads all of it and checks its sum; else the lengths must do.
+
+        Raises:
+            Damaged: its files are not what was written.
+            OSError: they cannot be read now.
+        """
         self.folder = folder
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        self.root = Path(meta["root"])
-        self.classes: list[str] = meta["classes"]
-        self.fingerprint: str = meta["fingerprint"]
-        self._paths, self._offsets, self.labels, self.sizes = (
-            np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("paths", "offsets", "labels", "sizes")
-        )
+        try:
+            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            self._paths, self._offsets, self.labels = (  # as plain arrays: np.memmap's own slices cost 5 µs each
+                np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)) for name in ARRAYS
+            )
+            self._check_shape(meta)
+            self._prefix = _as_bytes(meta["root"]) + b"/"
+            self.root = Path(os.fsdecode(_as_bytes(meta["root"])))
+            self.classes: list[str] = meta["classes"]
+            self.nested: dict[str, int] = meta["nested"]
+            self.fingerprint: str = meta["fingerprint"]
+            if verify:
+                self._check_sum(meta)
+        except Damaged:
+            raise
+        except OSError as error:
+            if error.errno not in (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+                raise
+            raise Damaged(f"{Path(error.filename).name} is missing" if error.filename else str(error)) from None
+        except Exception as error:  # numpy and json raise whatever broken bytes make them stumble over
+            raise Damaged(" ".join(str(error).split()) or type(error).__name__) from error
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -61,162 +93,202 @@ class Index:
 
     def path(self, sample: int) -> Path:
         """The file of a sample."""
-        return self.root / os.fsdecode(bytes(self._paths[self._offsets[sample] : self._offsets[sample + 1]]))
+        return Path(os.fsdecode(self.encoded_path(sample)))
 
     def encoded_path(self, sample: int) -> bytes:
         """The absolute file name of a sample as the disk has it, whatever its encoding."""
-        name = bytes(self._paths[self._offsets[sample] : self._offsets[sample + 1]])
-        return os.fsencode(self.root) + b"/" + name
+        return self._prefix + self._paths[self._offsets[sample] : self._offsets[sample + 1]].tobytes()
 
-    def encoded_paths(self, samples: Iterable[int]) -> list[npt.NDArray[np.uint8]]:
-        """Absolute file names as uint8 arrays: what DALI's file reader is fed with, without a string each."""
-        prefix = np.frombuffer(os.fsencode(f"{self.root}/"), dtype=np.uint8)
-        return [
-            np.concatenate([prefix, self._paths[self._offsets[sample] : self._offsets[sample + 1]]])
-            for sample in samples
-        ]
+    def is_fresh(self) -> bool:
+        """Whether the folders below class folders are as they were; those of the classes are in the index's name."""
+        try:
+            return all(_stamp(self._prefix + _as_bytes(path)) == stamp for path, stamp in self.nested.items())
+        except OSError:
+            return False
+
+    def _check_shape(self, meta: Any) -> None:
+        if not isinstance(meta, dict) or not all(isinstance(meta.get(key), kind) for key, kind in META.items()):
+            raise Damaged("meta.json is not what was written")
+        arrays = {"paths": self._paths, "offsets": self._offsets, "labels": self.labels}
+        for name, array in arrays.items():
+            if array.ndim != 1 or array.dtype != ARRAYS[name]:
+                raise Damaged(f"{name}.npy holds {array.dtype} {list(array.shape)}")
+        lengths = f"{len(self._paths)} bytes of paths, {len(self._offsets)} offsets, {len(self.labels)} labels"
+        if len(self._offsets) != len(self.labels) + 1:
+            raise Damaged(lengths)
+        if self._offsets[0] != 0 or self._offsets[-1] != len(self._paths):
+            raise Damaged(f"{lengths}, from {self._offsets[0]} to {self._offsets[-1]}")
+
+    def _check_sum(self, meta: dict[str, Any]) -> None:
+        if not (self._offsets[1:] > self._offsets[:-1]).all():
+            raise Damaged("the offsets do not rise")
+        if len(self) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.classes):
+            raise Damaged("there are labels without a class")
+        if _sums(self._paths, self._offsets, self.labels, meta) != (meta["fingerprint"], meta["checksum"]):
+            raise Damaged("its checksum differs")
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A split's pictures. Stamps are the modification times of folders, in ns."""
+
+    root: Path
+    classes: list[bytes]
+    stamps: list[int]  # of the class folders
+    nested: dict[str, int]  # of the folders below them
+    paths: list[bytes]  # relative to ``root``
+    labels: npt.NDArray[np.int32]  # [n]
 
 
 def open_index(
-    root: Path, split: str, index_dir: str | None = None, notify: Callable[[str], None] = lambda text: None
+    root: Path,
+    split: str,
+    index_dir: str | None = None,
+    notify: Notify = lambda text: None,
+    stop: Callable[[], bool] = lambda: False,
+    verify: bool = True,
 ) -> Index:
-    """Opens the index of ``root/split``, building it first where there is none or class folders have changed since.
+    """Opens the index of ``root/split``, building it first where there is none or folders have changed since.
+
+    Args:
+        verify: whether to check the whole index, which reads it: for one process of each machine.
 
     Raises:
         UserError: the folder is missing, has no class folders, or one of them holds no image.
+        Interrupted: ``stop()`` while the folders were listed.
     """
     source = root.absolute() / split
-    folders = _class_folders(source)
-    # Adding or removing a file changes its folder's time: one stat a class tells, not one a file.
-    stamps = [os.stat(source / name).st_mtime_ns for name in folders]
-    expected = {"version": VERSION, "root": str(source), "classes": folders, "stamps": stamps}
-    # All that is in the name, so that an index is never replaced under a process that reads it: changed data get
-    # another one. Old ones may be deleted.
-    base = Path(index_dir).expanduser() if index_dir else cache_dir() / "index"
-    folder = base / f"{split}-{hashlib.sha256(json.dumps(expected).encode()).hexdigest()[:16]}"
-    if expected.items() <= _meta(folder).items():
-        return Index(folder)
-    notify(f"indexing {source}: {len(folders)} classes, once")
-    listing = [(name, _images(source / name)) for name in folders]
-    empty = [name for name, files in listing if not files]
+    classes = class_folders(source)
+    base = index_base(index_dir)
+    sweep(base, SCRATCH)
+    # Adding or removing a file changes its folder's time: one stat a folder tells, not one a file.
+    try:
+        prefix = os.fsencode(source) + b"/"
+        key = _key(source, classes, [_stamp(prefix + name) for name in classes])
+    except OSError as error:
+        raise unreadable(source, error) from None
+    for folder in sorted(base.glob(f"{split}-{key}-*")):
+        try:
+            index = patiently(Index, folder, verify)
+        except Damaged as error:
+            with contextlib.suppress(OSError):  # if it must stay, the new one will not get its place
+                discard(folder, SCRATCH)
+            notify(f"the index {shown(folder)} is damaged ({error}): building it anew")
+            continue
+        except OSError as error:
+            raise UserError(f"cannot read the index {shown(folder)}: {reason(error)}: {WAY_OUT}") from None
+        if index.root == source and index.is_fresh():
+            return index
+    check_writable(base, WAY_OUT)  # before a million files are listed
+    return write_index(base, split, list_images(source, classes, notify, stop))
+
+
+def list_images(
+    source: Path,
+    classes: list[bytes],
+    notify: Notify = lambda text: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Listing:
+    """Lists the pictures of a split in ImageFolder's order: by class, folder and name.
+
+    Raises:
+        UserError: a folder cannot be read, or a class has no picture.
+        Interrupted: ``stop()`` between two folders.
+    """
+    notify(f"indexing {shown(source)}: {len(classes)} classes, once")
+    stamps: list[int] = []
+    nested: dict[str, int] = {}
+    paths: list[bytes] = []
+    odd: list[bytes] = []
+    counts: list[int] = []
+    told = time.monotonic()
+    for k, name in enumerate(classes):
+        folders = []
+        for folder in walk(source, name):
+            if stop():
+                raise Interrupted(f"asked to stop while {shown(source)} was indexed")
+            folders.append(folder)
+        stamps.append(folders[0].stamp)
+        nested.update({as_utf8(folder.path): folder.stamp for folder in folders[1:]})
+        before = len(paths)
+        for folder in sorted(folders, key=lambda folder: as_utf8(folder.path)):
+            paths += [folder.path + b"/" + file for file in folder.pictures]
+            odd += [folder.path + b"/" + file for file in folder.odd]
+        counts.append(len(paths) - before)
+        if time.monotonic() - told > PROGRESS:
+            told = time.monotonic()
+            notify(f"indexing {shown(source)}: {k + 1} of {len(classes)} classes, {len(paths):,} images")
+    empty = [name for name, count in zip(classes, counts, strict=True) if not count]
     if empty:
-        raise UserError(
-            f"{source / empty[0]} holds no images ({', '.join(EXTENSIONS)})"
-            + (f", nor do {len(empty) - 1} more class folders" if empty[1:] else "")
-            + ": fill or remove it"
+        raise without_images(source, empty)
+    if odd:
+        notify(
+            f"{shown(source)}: passed over {len(odd)} that {'is' if len(odd) == 1 else 'are'} named like an image but "
+            f"no file, or a folder met twice; the first: {shown(odd[0])}"
         )
-    relative = [f"{name}/{file}" for name, files in listing for file in files]
-    with ThreadPoolExecutor(READERS) as pool:
-        sizes = np.array(list(pool.map(_size, (str(source / path) for path in relative))), dtype=np.int32)
-    labels = np.repeat(np.arange(len(listing), dtype=np.int32), [len(files) for _, files in listing])
-    return write_index(folder, source, folders, relative, labels, sizes, {"stamps": stamps})
+    labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
+    return Listing(source, classes, stamps, nested, paths, labels)
 
 
-def write_index(
-    folder: Path,
-    root: Path,
-    classes: list[str],
-    paths: list[str],
-    labels: npt.NDArray[np.int32],
-    sizes: npt.NDArray[np.int32],
-    extra: dict[str, Any] | None = None,
-) -> Index:
-    """Writes an index beside ``folder`` and renames it into place, so that a reader never sees half of one.
+def write_index(base: Path, split: str, listing: Listing) -> Index:
+    """Writes an index below ``base``.
 
-    Several processes may do so at once, such as two jobs with a shared home: the first one's index stays.
+    All that it was made from is in its folder's name, so that an index is never replaced under a process that reads
+    it: changed data get another one. Old ones may be deleted.
 
     Raises:
         UserError: the folder cannot be written.
     """
-    encoded = [os.fsencode(path) for path in paths]  # names that are not UTF-8 too
-    offsets = np.zeros(len(paths) + 1, dtype=np.int64)
-    np.cumsum([len(path) for path in encoded], out=offsets[1:])
-    blob = b"".join(encoded)
-    digest = hashlib.sha256(blob + labels.astype("<i4").tobytes()).hexdigest()
-    meta = {"version": VERSION, "root": str(root), "classes": classes, "fingerprint": digest, **(extra or {})}
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".index-", dir=folder.parent) as scratch:
-            work = Path(scratch) / "index"
-            work.mkdir()  # for all who may read here; the scratch folder is for its owner alone
-            arrays: dict[str, npt.NDArray[Any]] = {
-                "paths": np.frombuffer(blob, dtype=np.uint8),
-                "offsets": offsets,
-                "labels": labels,
-                "sizes": sizes,
-            }
-            for name, array in arrays.items():
-                np.save(work / f"{name}.npy", array)
-            (work / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-            while not _renamed(work, folder) and _meta(folder) != meta:
-                # A damaged one. It leaves in one step, because another process may be putting its own here.
-                with contextlib.suppress(FileNotFoundError):
-                    os.rename(folder, tempfile.mkdtemp(prefix="old-", dir=scratch))
-            return Index(folder)
-    except OSError as error:
-        raise UserError(f"cannot write the index to {folder.parent}: {error.strerror}: set data.index_dir") from None
+    offsets = np.zeros(len(listing.paths) + 1, dtype=np.int64)
+    np.cumsum([len(path) for path in listing.paths], out=offsets[1:])
+    paths = np.frombuffer(b"".join(listing.paths), dtype=np.uint8)
+    root, classes = as_utf8(os.fsencode(listing.root)), [as_utf8(name) for name in listing.classes]
+    meta = {"version": VERSION, "root": root, "classes": classes, "nested": listing.nested}
+    meta["fingerprint"], _ = _sums(paths, offsets, listing.labels, meta)
+    _, meta["checksum"] = _sums(paths, offsets, listing.labels, meta)
+    key = _key(listing.root, listing.classes, listing.stamps)
+    folder = base / f"{split}-{key}-{_short(listing.nested, meta['fingerprint'])}"
 
-
-def _renamed(work: Path, folder: Path) -> bool:
-    """Renames ``work`` to ``folder``, unless there is one already."""
-    try:
-        os.rename(work, folder)
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+    def sound() -> bool:
+        try:
+            Index(folder, verify=True)
+        except Damaged:
             return False
-        raise
-    return True
+        return True
 
-
-def _meta(folder: Path) -> dict[str, Any]:
-    """What ``folder``'s index says of itself; nothing where there is none that can be opened."""
     try:
-        Index(folder)
-        meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError):
-        return {}
-    return meta
-
-
-def check_same_classes(train: Index, val: Index) -> None:
-    """Labels are positions in the sorted class folders, so both splits must hold the same ones.
-
-    Raises:
-        UserError: naming the folders that only one split has.
-    """
-    only_train, only_val = set(train.classes) - set(val.classes), set(val.classes) - set(train.classes)
-    for here, there, names in ((train, val, only_train), (val, train, only_val)):
-        if names:
-            raise UserError(
-                f"class folders differ: {', '.join(sorted(names)[:3])}{' …' if len(names) > 3 else ''} "
-                f"({len(names)} in all) in {here.root} but not in {there.root}"
-            )
-
-
-def _class_folders(source: Path) -> list[str]:
-    try:
-        with os.scandir(source) as entries:
-            names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
-    except FileNotFoundError:
-        raise UserError(
-            f"no data at {source}: data.root must hold train/ and val/ with a folder a class "
-            "(set IMAGENET_DIR or data.root, or try the built-in sample: --config configs/quickstart.yaml)"
-        ) from None
+        with staged(folder, SCRATCH, sound) as work:
+            for name, array in (("paths", paths), ("offsets", offsets), ("labels", listing.labels)):
+                file = io.BytesIO()
+                np.save(file, array)
+                write_file(work / f"{name}.npy", file.getbuffer())
+            write_file(work / "meta.json", json.dumps(meta).encode())
+        return Index(folder)
     except OSError as error:
-        raise UserError(f"cannot read {source}: {error.strerror} (data.root)") from None
-    if not names:
-        raise UserError(f"{source} has no class folders: data.root must hold train/ and val/ with a folder a class")
-    return names
+        raise UserError(f"cannot write the index to {shown(base)}: {reason(error)}: {WAY_OUT}") from None
 
 
-def _images(folder: Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        return sorted(e.name for e in entries if e.name.lower().endswith(EXTENSIONS) and not e.name.startswith("."))
+def _stamp(folder: bytes) -> int:
+    return patiently(os.stat, folder).st_mtime_ns
 
 
-def _size(path: str) -> tuple[int, int]:
-    try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except Exception:  # whatever a broken file makes PIL raise: the loaders name and replace it when they meet it
-        return 0, 0
+def _key(source: Path, classes: list[bytes], stamps: list[int]) -> str:
+    return _short(VERSION, as_utf8(os.fsencode(source)), [as_utf8(name) for name in classes], stamps)
+
+
+def _short(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _sums(paths: Any, offsets: Any, labels: Any, meta: Mapping[str, Any]) -> tuple[str, str]:
+    """The fingerprint, of paths and labels, and the checksum, of everything but itself; one pass for both."""
+    sha = hashlib.sha256(paths)
+    sha.update(labels.astype("<i4", copy=False))
+    fingerprint = sha.hexdigest()
+    sha.update(offsets)
+    sha.update(json.dumps({key: value for key, value in meta.items() if key != "checksum"}, sort_keys=True).encode())
+    return fingerprint, sha.hexdigest()
+
+
+def _as_bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")

@@ -19,7 +19,8 @@ import torch
 
 from distrib.config import DataConfig
 from distrib.data import Index, TrainPlan, build_loader, sample
-from distrib.data.index import cache_dir, open_index
+from distrib.data.index import open_index
+from distrib.layout import SAMPLE, data_root
 from distrib.runtime import start
 from distrib.tools.bench import photos
 from distrib.tools.bench.report import Report, cores, has_dali, in_fresh_process, positive
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measures ``--rounds`` rounds of all loaders and prints the report."""
-    root = photos.make(args.photos) if args.photos else args.data or sample.unpack(cache_dir())
+    root = photos.make(args.photos) if args.photos else args.data or sample.unpack(data_root(DataConfig(root=SAMPLE)))
     size = args.size or (224 if args.photos or args.data else SAMPLE_SIZE)
     batches = args.batches or 4 * args.workers
     index = open_index(root, "train")

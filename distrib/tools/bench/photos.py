@@ -21,7 +21,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from distrib.config import UserError
-from distrib.data.index import cache_dir
+from distrib.layout import cache_dir
 from distrib.tools.bench.report import cores, positive
 
 Floats = npt.NDArray[np.float32]

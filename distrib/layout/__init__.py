@@ -1,0 +1,210 @@
+"""What a data set's folders tell by themselves: no picture is opened, nothing is imported that a login node lacks.
+
+``python -m launch`` looks before it starts a process, ``distrib.data`` looks again where the processes run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import tempfile
+from pathlib import Path
+
+from distrib.config import DataConfig, UserError
+from distrib.layout.folders import as_utf8, patiently, reason, scan, shown, unreadable, walk, without_images
+
+SPLITS = ("train", "val")
+
+SAMPLE = "sample:fashion-mnist"  # what data.root says for the built-in sample
+SAMPLE_IMAGES = {"train": 8_000, "val": 2_000}
+# Numbered, so that the folders sort in the order of Debian, Kaggle and everyone's label tables.
+SAMPLE_CLASSES = (
+    "0-t-shirt", "1-trouser", "2-pullover", "3-dress", "4-coat",
+    "5-sandal", "6-shirt", "7-sneaker", "8-bag", "9-ankle-boot",
+)  # fmt: skip
+
+FEW = 10  # class folders that are looked into to explain a mistake
+
+_LAYOUT = "data.root must hold train/ and val/ with a folder a class"
+_OTHER_NAMES = {"train": ("training",), "val": ("validation", "valid", "test")}
+_SORT_TINY = "while read f c _; do mkdir -p $c; mv images/$f $c; done < val_annotations.txt; rmdir images"
+
+
+def cache_dir() -> Path:
+    """Where indexes and the built-in sample are kept between runs.
+
+    Raises:
+        UserError: there is neither an absolute XDG_CACHE_HOME nor a home.
+    """
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(base):  # its standard: a relative one is to be ignored
+        return Path(base) / "distrib"
+    home = os.environ.get("HOME", "")
+    if not os.path.isabs(home):
+        try:
+            home = pwd.getpwuid(os.getuid()).pw_dir
+        except KeyError:
+            raise UserError("this user has no home to keep the index in: set XDG_CACHE_HOME to a folder") from None
+    return Path(home) / ".cache" / "distrib"
+
+
+def index_base(index_dir: str | None) -> Path:
+    """The folder that holds the indexes: ``data.index_dir``, else one in the cache."""
+    return _expand(index_dir, "data.index_dir") if index_dir else cache_dir() / "index"
+
+
+def data_root(cfg: DataConfig) -> Path:
+    """The folder that holds the splits; where ``cfg.root`` names the built-in sample, once it is unpacked.
+
+    Raises:
+        UserError: ``cfg.root`` names no folder.
+    """
+    if "${" in cfg.root or not cfg.root:
+        raise UserError(
+            f"data.root is {cfg.root!r} and that variable is not set: set IMAGENET_DIR to the folder that holds "
+            "train/ and val/, or train the built-in sample: --config configs/quickstart.yaml"
+        )
+    return cache_dir() / "fashion-mnist-10k" if cfg.root == SAMPLE else _expand(cfg.root, "data.root")
+
+
+def look(cfg: DataConfig, classes: int) -> None:
+    """Finds what is wrong with the data before anything is listed, from the two splits' own folders alone.
+
+    Raises:
+        UserError: the data is not there or does not fit together, ``classes`` is not what it holds, or there is neither
+            an index nor a place to write one.
+    """
+    if cfg.loader == "synthetic":
+        return
+    root = data_root(cfg).absolute()
+    if cfg.root == SAMPLE:
+        found = len(SAMPLE_CLASSES)
+        if not root.exists():
+            check_writable(root.parent, "set XDG_CACHE_HOME")
+    else:
+        train, val = (class_folders(root / split) for split in SPLITS)
+        _check_same(root, train, val)
+        found = len(train)
+    if found != classes:
+        raise UserError(
+            f"model.num_classes is {classes}, but {shown(root)} has {found} class folders: "
+            f"set model.num_classes={found}"
+        )
+    base = index_base(cfg.index_dir)
+    if not all(any(base.glob(f"{split}-*")) for split in SPLITS):  # a read-only one serves, too
+        check_writable(base, "set data.index_dir")
+
+
+def count_images(cfg: DataConfig, split: str, limit: int) -> int:
+    """How many images ``split`` ("train" or "val") has, counted up to ``limit``: enough to judge a batch by.
+
+    Raises:
+        UserError: a folder cannot be read.
+    """
+    if cfg.loader == "synthetic":
+        return min(limit, cfg.synthetic.train if split == "train" else cfg.synthetic.val)
+    root = data_root(cfg).absolute()
+    if cfg.root == SAMPLE:
+        return min(limit, SAMPLE_IMAGES[split])
+    count = 0
+    for name in class_folders(root / split):
+        for folder in walk(root / split, name):
+            count += len(folder.pictures)
+            if count >= limit:
+                return limit
+    return count
+
+
+def class_folders(source: Path) -> list[bytes]:
+    """The names of a split's class folders, in the order of the labels.
+
+    Raises:
+        UserError: ``source`` cannot be read or has no class folders; in known layouts, with how to sort the pictures.
+    """
+    try:
+        folders, pictures, _ = patiently(scan, os.fsencode(source))
+    except FileNotFoundError as error:
+        if error.filename == os.fsencode(source):
+            raise UserError(_missing(source)) from None
+        raise unreadable(source, error) from None
+    except OSError as error:
+        raise unreadable(source, error) from None
+    if folders == [b"images"] and (source / "val_annotations.txt").exists():
+        raise UserError(
+            f"{shown(source)} is Tiny ImageNet's as downloaded, with no folder a class: sort it, in that folder with "
+            f"`{_SORT_TINY}`"
+        )
+    if folders:
+        return folders
+    if any(name.startswith(b"ILSVRC2012_val_") for name in pictures):
+        what = "it is ImageNet's as downloaded: sort it, as extract_ILSVRC.sh of github.com/pytorch/examples does"
+    elif pictures:
+        what = f"{len(pictures)} pictures lie flat in it ({shown(pictures[0])}): move each to its class's folder"
+    else:
+        what = _LAYOUT
+    raise UserError(f"{shown(source)} has no class folders: {what}")
+
+
+def check_writable(folder: Path, way_out: str) -> None:
+    """Makes ``folder`` and writes some bytes there, which leave no trace.
+
+    Raises:
+        UserError: that fails.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+            file.flush()
+            os.fsync(file.fileno())  # some disks say only now that they are full
+    except OSError as error:
+        raise UserError(f"cannot write to {shown(folder)}: {reason(error)}: {way_out}") from None
+
+
+def _expand(path: str, key: str) -> Path:
+    if "\0" in path:
+        raise UserError(f"{key} holds a NUL character, which no path has")
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:  # from a file, which is UTF-8 in every locale; the disk's names are, too
+        path = os.fsdecode(path.encode("utf-8", "surrogateescape"))
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{key} is {shown(path)}, and there is no such home: write the folder out") from None
+
+
+def _check_same(root: Path, train: list[bytes], val: list[bytes]) -> None:
+    """Labels are positions in the sorted class folders, so both splits must hold the same ones."""
+    sides = ((root / "train", root / "val", train, val), (root / "val", root / "train", val, train))
+    for here, there, names, others in sides:
+        only = sorted(set(names) - set(others), key=as_utf8)
+        if only:
+            empty = [name for name in only[:FEW] if not any(folder.pictures for folder in walk(here, name))]
+            if empty:
+                raise without_images(here, empty)
+            loose = patiently(scan, os.fsencode(there))[1]
+            raise UserError(
+                f"class folders differ: {', '.join(map(shown, only[:3]))}{' …' if only[3:] else ''} "
+                f"({len(only)} in all) in {shown(here)} but not in {shown(there)}"
+                + (f", where {len(loose)} pictures lie flat ({shown(loose[0])})" if loose else "")
+            )
+
+
+def _missing(source: Path) -> str:
+    root, split = source.parent, source.name
+    hint = ""
+    with contextlib.suppress(OSError):
+        names = sorted(os.listdir(root))
+        other = next((name for name in names if name.lower() in (split, *_OTHER_NAMES[split])), None)
+        if (root / "ILSVRC" / "Data" / "CLS-LOC").is_dir():
+            hint = f"; there is ILSVRC/Data/CLS-LOC: set data.root={shown(root / 'ILSVRC' / 'Data' / 'CLS-LOC')}"
+        elif other:
+            hint = f"; there is {shown(other)}: rename it to {split}"
+        elif root.name in SPLITS:
+            hint = f"; did you mean the folder above, data.root={shown(root.parent)}?"
+    return (
+        f"no data at {shown(source)}: {_LAYOUT}{hint} "
+        "(set IMAGENET_DIR or data.root, or try the built-in sample: --config configs/quickstart.yaml)"
+    )
