@@ -66,7 +66,7 @@ class Trainer:
         self.objective = Objective(self.network, config.mean, config.std, DTYPES[precision]).to(DEVICE)
         self.call, ddp = wrap(self.objective, TrainConfig(compile=compiled), RUNTIME)
         if compiled:
-            warm_up(self.call, self.objective, BATCH, SIZE, DEVICE)
+            warm_up(self.call, ddp, self.objective, (BATCH,), SIZE, DEVICE)
         self.optimizer = build_optimizer(self.network, OptimConfig(), LR)
         self.scaler = torch.amp.GradScaler(DEVICE.type, enabled=precision == "fp16")
         self.ema = Ema(self.network, EmaConfig(decay=0.9)) if ema else None
