@@ -89,6 +89,7 @@ def test_deterministic_is_the_opposite_of_a_search(monkeypatch: pytest.MonkeyPat
     set_up_device(GPU, "bf16", deterministic=False)
     found = settings()
     assert (found["deterministic"], found["cudnn"], found["limit"]) == (False, (True, False), 0)
+    assert not inductor.deterministic
 
 
 @pytest.mark.usefixtures("as_before")

@@ -89,9 +89,9 @@ def set_up_device(device: torch.device, precision: str, deterministic: bool) -> 
         cudnn.allow_tf32 = precision == "tf32"
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when cuBLAS is first used
-        import torch._inductor.config as inductor  # here, as it loads the whole compiler
+    import torch._inductor.config as inductor  # here, as it loads the compiler, which a CPU may do without
 
-        inductor.deterministic = True  # a compiler that picks no kernel by timing where that changes the sum
+    inductor.deterministic = deterministic  # whether it may choose kernels by timing where that changes the sum
 
 
 def check_batch_norm(network: nn.Module, images: int, size: int) -> None:
