@@ -105,8 +105,9 @@ class TrainConfig(Part):
     steps: PositiveInt | None = None  # stop after so many steps instead of `epochs`
     global_batch: PositiveInt = 1024
     micro_batch: PositiveInt | None = None  # most images in one forward on one rank; accumulation follows from it
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    precision: Literal["bf16", "fp16", "tf32", "fp32"] = "bf16"  # tf32: stored as fp32, multiplied with 10 bits
     compile: bool = True
+    deterministic: bool = False  # on a GPU: only kernels that give the same bits each time; slower
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     clip_grad_norm: PositiveFloat | None = None
     eval_every_epochs: PositiveFloat = 1

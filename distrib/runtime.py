@@ -145,7 +145,6 @@ def start(place: Place = Place(), stop: StopSignals | None = None) -> Runtime:  
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
     else:
         device = torch.device("cpu")
         # torchrun sets OMP_NUM_THREADS=1 where nobody set it; on a CPU run that would leave cores idle.

@@ -214,7 +214,11 @@ def test_unknown_override(write: Write) -> None:
         ("train:\n  global_batch: 2.5\n", "train.global_batch: input should be a valid integer, got 2.5", 2),
         ("train:\n  global_batch: 1e3\n", "train.global_batch: ", 2),
         ("train:\n  compile: 1\n", "train.compile: input should be a valid boolean, got 1", 2),
-        ("train:\n  precision: int8\n", "train.precision: input should be 'bf16', 'fp16' or 'fp32', got 'int8'", 2),
+        (
+            "train:\n  precision: int8\n",
+            "train.precision: input should be 'bf16', 'fp16', 'tf32' or 'fp32', got 'int8'",
+            2,
+        ),
         ("train:\n  label_smoothing: 1\n", "train.label_smoothing: ", 2),
         ("optim:\n  lr: .nan\n", "optim.lr: ", 2),
         ("optim:\n  lr: .inf\n", "optim.lr: ", 2),

@@ -9,12 +9,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torchvision
+from test_step import CLASSES as FEW_CLASSES
+from test_step import norm_net, run_ranks
 from torch import nn
 from torch.nn import functional as F
 
@@ -23,9 +27,11 @@ from distrib.config import DataConfig, EmaConfig, ModelConfig, OptimConfig, Trai
 from distrib.data import Batch, TrainPlan, build_loader
 from distrib.data.index import open_index
 from distrib.data.order import EvalPlan
-from distrib.engine.prepare import DTYPES, Objective, warm_up, wrap
+from distrib.engine.evaluate import Evaluator
+from distrib.engine.prepare import DTYPES, Objective, set_up_device, warm_up, wrap
 from distrib.engine.state import TrainState
 from distrib.engine.step import TrainStep
+from distrib.faults import Agreement
 from distrib.models import build_model
 from distrib.optim import Ema, build_optimizer
 from distrib.runtime import Runtime
@@ -47,12 +53,12 @@ LR = 0.02
 def _exact() -> Iterator[None]:
     """Full fp32, the same start for every test, and no compiled code of the test before."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    kept = matmul.allow_tf32, cudnn.allow_tf32
+    kept, search = (matmul.allow_tf32, cudnn.allow_tf32), cudnn.benchmark
     matmul.allow_tf32 = cudnn.allow_tf32 = False
     torch.manual_seed(0)
     torch.compiler.reset()
     yield
-    matmul.allow_tf32, cudnn.allow_tf32 = kept
+    (matmul.allow_tf32, cudnn.allow_tf32), cudnn.benchmark = kept, search
 
 
 class Trainer:
@@ -66,7 +72,7 @@ class Trainer:
         self.objective = Objective(self.network, config.mean, config.std, DTYPES[precision]).to(DEVICE)
         self.call, ddp = wrap(self.objective, TrainConfig(compile=compiled), RUNTIME)
         if compiled:
-            warm_up(self.call, self.objective, BATCH, SIZE, DEVICE)
+            warm_up(self.call, ddp, self.objective, (BATCH,), SIZE, DEVICE)
         self.optimizer = build_optimizer(self.network, OptimConfig(), LR)
         self.scaler = torch.amp.GradScaler(DEVICE.type, enabled=precision == "fp16")
         self.ema = Ema(self.network, EmaConfig(decay=0.9)) if ema else None
@@ -161,6 +167,104 @@ def test_fp16_skips_a_step_that_overflows() -> None:
     assert trainer.scaler.get_scale() == 2.0**39
     assert all(torch.equal(p, old) for p, old in zip(trainer.network.parameters(), before, strict=True))
     assert all(p.isfinite().all() for p in trainer.network.parameters())
+
+
+def test_fp16_may_overflow_in_the_very_first_step() -> None:
+    """The fused optimizer's momentum must not be what lay in memory."""
+    junk = [torch.full((1 << 22,), 1e4, device=DEVICE) for _ in range(16)]
+    trainer, other = Trainer("fp16"), Trainer("fp16")
+    del junk  # the allocator gives these tensors out again
+    trainer.scaler.update(2.0**40)
+    trainer.train(1)
+    assert trainer.scaler.get_scale() == 2.0**39
+    trainer.scaler.update(2.0**10)
+    other.scaler.update(2.0**10)
+    trainer.train(1, first=1)
+    other.train(1)
+    for ours, undisturbed in zip(trainer.network.parameters(), other.network.parameters(), strict=True):
+        torch.testing.assert_close(ours, undisturbed, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_deterministic_runs_are_the_same_to_the_bit(compiled: bool) -> None:
+    """In a fresh process each: cuBLAS asks once, and kernels must not be chosen by what ran before."""
+    code = (
+        "import sys; sys.path.insert(0, 'tests'); import torch, test_gpu as t\n"
+        "t.set_up_device(t.DEVICE, 'bf16', True)\n"
+        f"trainer = t.Trainer('bf16', compiled={compiled})\n"
+        "print([loss.hex() for loss in trainer.train(5)], *[p.detach().double().sum().item().hex() for p in "
+        "trainer.network.parameters()])"
+    )
+    command = [sys.executable, "-c", code]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, cwd=ROOT, **pipes) for _ in range(2)]
+    (first, errors), (second, _) = [process.communicate(timeout=200) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert first
+    assert first == second
+
+
+def test_fp32_and_tf32_are_two_things() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(8, 64, 32, 32, device=DEVICE)
+    weights = torch.randn(64, 64, 3, 3, device=DEVICE)
+    a, b = torch.randn(2, 512, 512, device=DEVICE)
+    exact = F.conv2d(images.double(), weights.double()), a.double() @ b.double()
+    errors = {}
+    for precision in ("tf32", "fp32"):
+        set_up_device(DEVICE, precision, deterministic=False)
+        found = F.conv2d(images, weights), a @ b
+        errors[precision] = [float((f - e).abs().max() / e.abs().max()) for f, e in zip(found, exact, strict=True)]
+    assert max(errors["fp32"]) < 1e-5
+    if torch.cuda.get_device_capability(DEVICE) >= (8, 0):
+        assert min(errors["tf32"]) > 3e-5
+
+
+def one_of_two(runtime: Runtime, compiled: bool) -> dict[str, Any]:
+    """Three steps of half the batch, on the one GPU that both ranks share; gloo carries the gradients."""
+    runtime = replace(runtime, device=DEVICE)
+    set_up_device(DEVICE, "fp32", deterministic=False)
+    network = norm_net()
+    for module in network.modules():  # else each rank's own statistics would set it apart from one process
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    network.to(memory_format=torch.channels_last)
+    objective = Objective(network, (120.0, 120.0, 120.0), (60.0, 60.0, 60.0), torch.float32).to(DEVICE)
+    call, ddp = wrap(objective, TrainConfig(compile=compiled), runtime)
+    warm_up(call, ddp, objective, (BATCH // runtime.world,), SIZE, DEVICE)
+    optimizer = build_optimizer(network, OptimConfig(), LR)
+    scaler = torch.amp.GradScaler(DEVICE.type, enabled=False)
+    step = TrainStep(call, ddp, optimizer, scaler, None, world=runtime.world, global_batch=BATCH)
+    batch = a_batch()
+    mine = slice(runtime.rank, None, runtime.world)
+    images = batch.images[mine].contiguous(memory_format=torch.channels_last)
+    share = Batch(images, batch.labels[mine] % FEW_CLASSES, batch.ids[mine])
+    losses = [float(step([share], i, LR)) for i in range(3)]
+    return {"losses": losses, "weights": [p.detach().cpu() for p in network.parameters()]}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_two_ranks_on_one_gpu_train_as_one(compiled: bool, tmp_path: Path) -> None:
+    """NCCL refuses two ranks on one device, gloo does not: DDP's hooks and the compiled graph are those of two GPUs."""
+    alone = one_of_two(RUNTIME, compiled)
+    ranks = run_ranks(tmp_path, 2, one_of_two, compiled)
+    for ours, theirs, one in zip(*(r["weights"] for r in ranks), alone["weights"], strict=True):
+        assert torch.equal(ours, theirs)
+        torch.testing.assert_close(ours, one, rtol=1e-3, atol=1e-4)
+    sums = [sum(losses) for losses in zip(*(r["losses"] for r in ranks), strict=True)]
+    assert sums == pytest.approx(alone["losses"], rel=1e-3)
+
+
+def test_a_compiled_evaluation_is_the_eager_one() -> None:
+    trainer, plan, stop = Trainer("bf16"), EvalPlan(BATCH, BATCH), SimpleNamespace(received=None)
+    results = []
+    for compiled in (False, True):
+        evaluator = Evaluator(trainer.objective, ["model"], compile_=compiled)
+        result = evaluator(trainer.state.weights(), iter([a_batch()]), plan, RUNTIME, Agreement(), stop)
+        assert result is not None
+        results.append(result)
+    assert results[0]["images"] == results[1]["images"] == BATCH
+    assert results[1]["loss"] == pytest.approx(results[0]["loss"], rel=0.02)
 
 
 def test_state_goes_through_pinned_memory_to_a_file_and_back(tmp_path: Path) -> None:

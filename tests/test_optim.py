@@ -15,10 +15,12 @@ from torch.nn import functional
 from distrib.config import EmaConfig, ModelConfig, OptimConfig, ScheduleConfig
 from distrib.data import Batch
 from distrib.engine.prepare import Objective
+from distrib.engine.state import TrainState
 from distrib.engine.step import TrainStep
 from distrib.models import MODEL_NAMES, build_model
 from distrib.models.resnet import Architecture, BasicBlock, ResNet
 from distrib.optim import Ema, build_optimizer, build_schedule, parameter_groups, peak_lr
+from distrib.runtime import Runtime
 
 MEAN, STD = (120.0, 110.0, 100.0), (60.0, 50.0, 40.0)
 STEPS, BATCH = 20, 6
@@ -305,3 +307,85 @@ def test_the_optimizer_is_what_the_configuration_says() -> None:
     for group, weight_decay in zip(optimizer.param_groups, (0.01, 0.0), strict=True):
         assert (group["lr"], group["momentum"], group["nesterov"]) == (0.3, 0.8, True)
         assert (group["weight_decay"], group["dampening"]) == (weight_decay, 0)
+
+
+# The first step
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_momentum_of_zeros_is_torchs_own_first_step(fused: bool, nesterov: bool) -> None:
+    net, other = tiny_net(), tiny_net()
+    cfg = OptimConfig(nesterov=nesterov, weight_decay=0.05)
+    groups = parameter_groups(other, cfg.weight_decay)
+    plain = torch.optim.SGD(groups, lr=0.3, momentum=0.9, nesterov=nesterov, fused=fused, foreach=False)
+    ours = build_optimizer(net, cfg, 0.3)
+    for group in ours.param_groups:
+        group["fused"] = fused
+    for _ in range(3):
+        for a, b in zip(net.parameters(), other.parameters(), strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        ours.step()
+        plain.step()
+        for a, b in zip(net.parameters(), other.parameters(), strict=True):
+            assert torch.equal(a, b)
+            assert torch.equal(ours.state[a]["momentum_buffer"], plain.state[b]["momentum_buffer"])
+            assert ours.state[a]["momentum_buffer"].stride() == a.stride()
+
+
+def test_without_momentum_nothing_is_kept() -> None:
+    assert not build_optimizer(tiny_net(), OptimConfig(momentum=0.0), 0.1).state
+
+
+@pytest.fixture
+def fused_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What a GPU run uses, and memory that nobody wrote to is NaN."""
+    real = torch.optim.SGD
+
+    def sgd(*args: Any, **settings: Any) -> torch.optim.Optimizer:
+        return real(*args, **{**settings, "fused": True})
+
+    monkeypatch.setattr(torch.optim, "SGD", sgd)
+    torch.use_deterministic_algorithms(True)
+    kept = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = kept
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("fused_on_the_cpu")
+@pytest.mark.parametrize("restored", [None, "before the first step", "without momentum"])
+def test_a_first_step_that_overflows_leaves_no_momentum(restored: str | None) -> None:
+    """The loss scaler skips it; the next one is then torch's first."""
+    optim = OptimConfig(momentum=0.9, nesterov=True, weight_decay=0.05)
+    net = tiny_net()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    optimizer = build_optimizer(net, optim, 0.1)
+    runtime = Runtime(0, 1, 0, 1, torch.device("cpu"))
+    state = TrainState(net, optimizer, scaler, None, runtime)
+    if restored is not None:  # from a checkpoint that holds no momentum
+        momentum = {"before the first step": 0.9, "without momentum": 0.0}[restored]
+        saved = state.capture()
+        optimizer_state = {"state": {}, "param_groups": saved["optimizer"]["param_groups"]}
+        for group in optimizer_state["param_groups"]:
+            group["momentum"] = momentum
+        state.restore({**saved, "optimizer": optimizer_state})
+    objective = Objective(net, MEAN, STD, torch.float32)
+    first, second = (
+        TrainStep(objective, None, optimizer, scaler, None, world=world, global_batch=BATCH) for world in (1000, 1)
+    )
+    before = [p.detach().clone() for p in net.parameters()]
+    first(batches()[:1], 0, 0.1)  # a loss of about 300 times the scale
+    assert all(torch.equal(p, old) for p, old in zip(net.parameters(), before, strict=True))
+    assert scaler.get_scale() == 2.0**126
+
+    scaler.update(1.0)
+    second(batches()[1:2], 1, 0.1)
+    other = tiny_net()
+    plain = Objective(other, MEAN, STD, torch.float32)
+    (plain(batches()[1].images, batches()[1].labels) / BATCH).backward()
+    torch.optim.SGD(parameter_groups(other, 0.05), lr=0.1, momentum=0.9, nesterov=True).step()
+    for a, b in zip(net.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b)

@@ -111,9 +111,11 @@ def test_ranks_slices_make_the_global_batch(world: int, accumulation: int, image
             sizes = [len(part.ids) for part in plan.slices(step)]
             assert max(sizes) - min(sizes) <= 1
             assert max(sizes) <= plan.largest_slice
+            assert plan.slice_sizes == tuple(sorted(set(sizes), reverse=True))
         shares = [sum(len(part.ids) for part in plan.slices(step)) for plan in ranks]
         assert max(shares) - min(shares) <= 1
         assert max(len(part.ids) for part in parts) == ranks[0].largest_slice  # no forward is larger than need be
+        assert min(len(part.ids) for part in parts) == ranks[0].smallest_slice
 
 
 def test_stream_is_the_steps_one_after_the_other() -> None:

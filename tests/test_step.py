@@ -301,7 +301,7 @@ def small_run(runtime: Runtime, accumulation: int = 2) -> Small:
     objective = Objective(norm_net(), MEAN, STD, torch.float32)
     call, ddp = wrap(objective, TrainConfig(compile=False), runtime)
     if ddp is not None:
-        warm_up(call, objective, plan.largest_slice, SIZE, runtime.device)
+        warm_up(call, ddp, objective, plan.slice_sizes, SIZE, runtime.device)
     optimizer = build_optimizer(objective.network, OptimConfig(nesterov=True), 0.1)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     ema = Ema(objective.network, EmaConfig(decay=0.8))
@@ -488,6 +488,6 @@ def test_warming_up_leaves_no_trace() -> None:
     net = norm_net()
     objective = Objective(net, MEAN, STD, torch.float32)
     before = copied(objective.state_dict() | dict(objective.named_buffers()))
-    warm_up(objective, objective, 4, SIZE, torch.device("cpu"))
+    warm_up(objective, None, objective, (4, 3), SIZE, torch.device("cpu"))
     assert_equal(copied(objective.state_dict() | dict(objective.named_buffers())), before)
     assert all(p.grad is None for p in net.parameters())

@@ -94,6 +94,18 @@ class TrainPlan:
         share = -(-self.global_batch // self.world)
         return -(-share // self.accumulation)
 
+    @property
+    def smallest_slice(self) -> int:
+        """The fewest images that any rank sees in one forward."""
+        return self.global_batch // self.world // self.accumulation
+
+    @property
+    def slice_sizes(self) -> tuple[int, ...]:
+        """The distinct sizes of this rank's slices, largest first: one or two, the same ones at every step."""
+        share = split(range(self.global_batch), self.rank, self.world)
+        sizes = {len(split(share, k, self.accumulation)) for k in range(self.accumulation)}
+        return tuple(sorted(sizes, reverse=True))
+
     def slices(self, step: int) -> list[Slice]:
         """This rank's slices of step ``step`` (counted from 0 over all epochs), in order."""
         epoch, batch = divmod(step, self.steps_per_epoch)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from distrib.data.loader import Batch
 from distrib.data.order import EvalPlan
-from distrib.engine.prepare import Objective
+from distrib.engine.prepare import Compiler, Objective
 from distrib.engine.state import Weights
 from distrib.faults import Agreement, StopSignals
 from distrib.runtime import Runtime
@@ -25,10 +25,10 @@ class Evaluator:
     that is broken off and repeated after a restart leaves the run as it was.
     """
 
-    def __init__(self, objective: Objective, names: list[str], compile_: bool) -> None:
+    def __init__(self, objective: Objective, names: list[str], compile_: bool, backend: Compiler = "inductor") -> None:
         self._copies = {name: copy.deepcopy(objective).eval().requires_grad_(False) for name in names}
         self._calls: dict[str, Any] = {
-            name: torch.compile(net.logits, dynamic=False) if compile_ else net.logits
+            name: torch.compile(net.logits, dynamic=False, backend=backend) if compile_ else net.logits
             for name, net in self._copies.items()
         }
 

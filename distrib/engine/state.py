@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from distrib.optim.ema import Ema
+from distrib.optim import Ema, fill_momentum
 from distrib.runtime import Runtime
 
 Weights = dict[str, dict[str, torch.Tensor]]
@@ -57,6 +57,7 @@ class TrainState:
         self._optimizer.load_state_dict(saved["optimizer"])
         for group, options in zip(self._optimizer.param_groups, own, strict=True):
             group.update(options)  # this start's, where weight decay, momentum or the device have changed
+        fill_momentum(self._optimizer)  # none is saved before the first step, nor by a run without momentum
         if saved["scaler"]:  # empty where the run was not fp16 before
             self._scaler.load_state_dict(saved["scaler"])
         if self._ema is not None:  # an EMA that begins with this resume begins at the weights

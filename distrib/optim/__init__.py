@@ -9,7 +9,7 @@ from distrib.config import OptimConfig
 from distrib.optim.ema import Ema
 from distrib.optim.schedule import build_schedule
 
-__all__ = ["Ema", "build_optimizer", "build_schedule", "peak_lr"]
+__all__ = ["Ema", "build_optimizer", "build_schedule", "fill_momentum", "peak_lr"]
 
 
 def peak_lr(cfg: OptimConfig, global_batch: int) -> float:
@@ -35,7 +35,7 @@ def build_optimizer(model: nn.Module, cfg: OptimConfig, lr: float) -> torch.opti
     the plain loop over tensors: faster there than foreach, and to the bit what the formula gives, which fused is not.
     """
     on_gpu = next(model.parameters()).is_cuda
-    return torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         parameter_groups(model, cfg.weight_decay),
         lr=lr,
         momentum=cfg.momentum,
@@ -43,3 +43,18 @@ def build_optimizer(model: nn.Module, cfg: OptimConfig, lr: float) -> torch.opti
         fused=on_gpu,
         foreach=False,
     )
+    fill_momentum(optimizer)
+    return optimizer
+
+
+def fill_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Gives zeros to each parameter that is to have a momentum and has none yet.
+
+    Torch would make them in the first step. Its fused SGD makes them without writing to them, and leaves them so where
+    the loss scaler skips that step: the next one goes on with whatever lay in memory. From zeros the first step is
+    torch's own, to the bit: momentum · 0 + gradient, without dampening.
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if group["momentum"] != 0 and optimizer.state[p].get("momentum_buffer") is None:
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)

@@ -1,7 +1,8 @@
 """Images/s of a whole training step: our network as the trainer runs it against torchvision's as others run it.
 
 Torchvision's networks come in the usual way (contiguous, the default optimizer, eager) and in channels-last. All
-variants live in one process and run in turns, on images that are on the device already.
+variants live in one process and run in turns, on images that are on the device already. With ``--deterministic`` our
+network runs both ways, so that what ``train.deterministic`` costs stands beside what it is without.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 from distrib.config import Config, ModelConfig, TrainConfig, UserError
 from distrib.data import Batch, TrainPlan
-from distrib.engine.prepare import DTYPES, Objective, effective_precision, wrap
+from distrib.engine.prepare import DTYPES, Objective, effective_precision, set_up_device, wrap
 from distrib.engine.step import TrainStep
 from distrib.models import build_model
 from distrib.optim import build_optimizer
@@ -25,6 +26,7 @@ from distrib.runtime import Runtime, start
 from distrib.tools.bench.report import Report, positive
 
 LR = 0.1
+DETERMINISTIC = ", deterministic"
 Step = Callable[[], object]
 
 
@@ -36,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=positive, default=224 if gpu else 128, help="pixels; default here: %(default)s")
     parser.add_argument("--precision", choices=tuple(DTYPES), default="bf16")
     parser.add_argument("--compile", action="store_true", help="measure our network compiled, too")
+    parser.add_argument("--deterministic", action="store_true", help="measure our network deterministic, too")
     parser.add_argument("--warm-up", type=positive, default=20 if gpu else 2, help="steps; default here: %(default)s")
     parser.add_argument(
         "--steps", type=positive, default=50 if gpu else 4, help="of a round; default here: %(default)s"
@@ -62,9 +65,15 @@ def run(args: argparse.Namespace) -> None:
         for peer in peers:
             if own not in peers:
                 report.compare(own, peer)
+    if args.deterministic:
+        own = "ours, compiled" if args.compile else "ours"
+        makers[own + DETERMINISTIC] = makers[own]
+        report.compare(own + DETERMINISTIC, own)
+        set_up_device(device, precision, deterministic=True)  # cuBLAS asks for its workspace once
 
     steps = {}
     for name, make in makers.items():
+        set_up_device(device, precision, name.endswith(DETERMINISTIC))
         before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
         steps[name] = make()
         timed(steps[name], args.warm_up, device)
@@ -74,6 +83,7 @@ def run(args: argparse.Namespace) -> None:
             report.add(f"{name}: peak memory", "MiB", (torch.cuda.max_memory_allocated() - before) / 2**20)
     for _ in range(args.rounds):
         for name, step in steps.items():
+            set_up_device(device, precision, name.endswith(DETERMINISTIC))
             step()  # brings this variant's weights and code back into the caches
             report.add(name, "images/s", args.steps * args.batch / timed(step, args.steps, device))
         report.save()

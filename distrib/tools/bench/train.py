@@ -24,7 +24,7 @@ import torch
 from torch.nn import functional as F
 
 from distrib.config import Config, ModelConfig, UserError
-from distrib.engine.prepare import DTYPES, effective_precision
+from distrib.engine.prepare import DTYPES, effective_precision, set_up_device
 from distrib.models import build_model
 from distrib.runtime import start
 from distrib.tools.bench import photos
@@ -81,10 +81,12 @@ def run(args: argparse.Namespace) -> None:
         )
     for _ in range(args.pairs):
         add_rates(report, "train.py", trainer(settings, None), args.batch)
+        report.save()
         add_rates(report, "bare loop", in_fresh_process(__name__, settings)["ends"], args.batch)
+        report.save()
         if root:
             add_rates(report, "train.py on images", trainer(settings, root), args.batch)
-        report.save()
+            report.save()
     print(report)
 
 
@@ -158,8 +160,9 @@ def interval_ends(metrics: Path) -> Ends:
 
 def bare(settings: dict[str, Any]) -> Ends:
     """Intervals of the bare loop, as long as those of ``train.py``; a GPU is waited for at the first and the last."""
-    runtime = start()  # the same device, threads and cuDNN search
+    runtime = start()  # the same device and threads
     device, precision = runtime.device, effective_precision(settings["precision"], runtime.device)
+    set_up_device(device, precision, deterministic=False)  # and the same search for kernels
     dtype, defaults = DTYPES[precision], Config().optim
     model = build_model(ModelConfig(name=settings["model"], num_classes=settings["classes"]))
     model = model.to(memory_format=torch.channels_last).to(device)
