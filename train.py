@@ -27,7 +27,15 @@ from distrib.cli import dump_config, load_config, parse_args
 from distrib.config import Config, UserError
 from distrib.data import EvalPlan, Index, Loader, TrainPlan, build_loader, open_data
 from distrib.engine.evaluate import Evaluator
-from distrib.engine.prepare import DTYPES, Objective, effective_precision, warm_up, wrap
+from distrib.engine.prepare import (
+    DTYPES,
+    Objective,
+    check_batch_norm,
+    effective_precision,
+    set_up_device,
+    warm_up,
+    wrap,
+)
 from distrib.engine.state import TrainState
 from distrib.engine.step import TrainStep
 from distrib.faults import Agreement
@@ -246,15 +254,21 @@ def build(config: Config, place: Place, leaving: contextlib.ExitStack) -> Run:
     """
     runtime = start(place, STOP)
     device, precision = runtime.device, effective_precision(config.train.precision, runtime.device)
+    set_up_device(device, precision, config.train.deterministic)
     say = partial(print, file=sys.stdout if runtime.is_main else sys.stderr, flush=True)
     say_once = say if runtime.is_main else (lambda text: None)
-    indexes = runtime.main_first(lambda: open_data(config.data, config.model.num_classes, say_once))
+    one_checks = runtime.local_rank == 0  # the index's checksum: the machine's ranks share the pages
+    indexes = runtime.main_first(
+        lambda: open_data(config.data, config.model.num_classes, say_once, STOP.requested, one_checks)
+    )
     data = indexes[0].fingerprint if indexes else f"synthetic {config.data.synthetic.train}"
+    runtime.check_same(data, "finds other training images than rank 0: is data.root still being copied to?")
     plan, eval_plan = make_plans(config, indexes, runtime)
     total_steps = config.train.steps or max(1, round(config.train.epochs * plan.steps_per_epoch))
 
     torch.manual_seed(config.run.seed)
     network = build_model(config.model).to(memory_format=torch.channels_last).to(device)
+    check_batch_norm(network, plan.smallest_slice, config.data.size)
 
     folder = RunFolder(config.run.dir)
     console = ConsoleSink(total_steps) if runtime.is_main else None
@@ -291,6 +305,7 @@ def build(config: Config, place: Place, leaving: contextlib.ExitStack) -> Run:
         f"{runtime.world} × {device.type}, {precision}"
         + (f" ({config.train.precision} is not for this processor)" if precision != config.train.precision else "")
         + f", channels-last{', compiled' if config.train.compile else ''}"
+        + (", deterministic" if config.train.deterministic else "")
     )
     log.message(
         f"global batch {plan.global_batch}: {runtime.world} × {plan.accumulation} forwards of at most "
@@ -301,7 +316,7 @@ def build(config: Config, place: Place, leaving: contextlib.ExitStack) -> Run:
     objective = Objective(network, config.data.mean, config.data.std, DTYPES[precision], smoothing).to(device)
     call, ddp = wrap(objective, config.train, runtime)
     if ddp is not None or config.train.compile:
-        warm_up(call, objective, plan.largest_slice, config.data.size, device)
+        warm_up(call, ddp, objective, plan.slice_sizes, config.data.size, device)
     optimizer = build_optimizer(network, config.optim, lr)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     ema = Ema(network, config.ema) if config.ema else None

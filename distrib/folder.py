@@ -77,7 +77,9 @@ def check_resumable(
     missing = [part for part in PARTS if not isinstance(saved, Mapping) or part not in saved]
     if missing:
         raise UserError(f"{path} has no {missing[0]!r}, so it is no checkpoint of this trainer: move it away")
-    old, new = _flatten(saved["config"]), _flatten(config.model_dump(mode="json"))
+    new = _flatten(config.model_dump(mode="json"))
+    # A key that is younger than the checkpoint had the value then that it has by default.
+    old = _flatten(Config().model_dump(mode="json")) | _flatten(saved["config"])
     changed = {key: (old.get(key), new.get(key)) for key in sorted(old | new) if old.get(key) != new.get(key)}
     for key, (before, now) in changed.items():
         if any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED):

@@ -68,22 +68,44 @@ class Runtime:
             dist.barrier(group=self.control)
 
     def main_first(self, call: Callable[[], T]) -> T:
-        """Runs ``call`` on rank 0, then on the first rank of each machine, then on the others.
+        """Runs ``call`` on rank 0, then on the first rank of each other machine, then on the rest; each gets its own.
 
         What the first builds on a shared disk all others find, and on local disks the first of each machine builds.
+        A UserError or Interrupted of any rank is raised on all.
         """
-        self.on_main_only(call)
-        try:
-            return self._each_machine_first(call)
-        except UserError as error:
-            raise UserError(f"on {platform.node()}: {error}", everywhere=False) from None
+        turn = 0 if self.is_main else 1 if self.local_rank == 0 else 2
+        made: list[T] = []
+        for now in range(3):
+            error: Exception | None = None
+            if turn == now:
+                try:
+                    made.append(call())
+                except UserError as wrong:
+                    error = wrong if self.is_main else UserError(f"on {platform.node()}: {wrong}")
+                except Interrupted as interrupted:
+                    error = interrupted
+            self._raise_together(error)
+        return made[0]
 
-    def _each_machine_first(self, call: Callable[[], T]) -> T:
-        for turn in (True, False):
-            if (self.local_rank == 0) == turn:
-                result = call()
-            self.barrier()
-        return result
+    def check_same(self, value: str, otherwise: str) -> None:
+        """Compares ``value`` with rank 0's.
+
+        Raises:
+            UserError: on all ranks, "rank N on HOST" and ``otherwise``, where a rank has another one.
+        """
+        differs = value != self.on_main(lambda: value)
+        where = f"rank {self.rank} on {platform.node()}"
+        self._raise_together(UserError(f"{where} {otherwise}") if differs else None)
+
+    def _raise_together(self, error: Exception | None) -> None:
+        """Raises on every rank the error of the lowest rank that has one: no rank is left waiting for another."""
+        errors = [error]
+        if self.world > 1:
+            errors = [None] * self.world
+            dist.all_gather_object(errors, error, group=self.control)
+        for found in errors:
+            if found is not None:
+                raise found
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sums ``tensor`` over all ranks, in place."""

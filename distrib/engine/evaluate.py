@@ -14,7 +14,7 @@ from distrib.data.loader import Batch
 from distrib.data.order import EvalPlan
 from distrib.engine.prepare import Compiler, Objective
 from distrib.engine.state import Weights
-from distrib.faults import Agreement, StopSignals
+from distrib.faults import Agreement, Interrupted, StopSignals
 from distrib.runtime import Runtime
 
 
@@ -53,7 +53,10 @@ class Evaluator:
         # Counts are exact in float64 up to 2^53; one tensor, so one reduction.
         sums = {name: torch.zeros(4, dtype=torch.float64, device=runtime.device) for name in self._copies}
         for _ in range(plan.rounds):
-            batch = next(batches, None)
+            try:
+                batch = next(batches, None)
+            except Interrupted:  # in a wait for images; the others hear of the stop below
+                batch = None
             if batch is not None:
                 images, labels = _fill(batch, plan.batch)
                 for name, call in self._calls.items():
