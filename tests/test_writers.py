@@ -67,7 +67,7 @@ def test_a_killed_holders_folder_is_taken_over(tmp_path: Path, where: str) -> No
     runs.kill_group(process)
     assert holder(folder)["pid"] == process.pid
     if where != "here":
-        elsewhere(folder, 27 if "moment" in where else 3600)
+        elsewhere(folder, 10 if "moment" in where else 3600)
     printed = runs.train(1, folder, *SYNTHETIC)
     name = platform.node() if where == "here" else "node17"
     assert f"process {process.pid} on {name}, since 20" in printed
