@@ -31,7 +31,7 @@ from distrib.log import ConsoleSink, JsonlSink, Log, WandbSink, new_run_id, trun
 from distrib.metrics import SaveTimer, Trace, TrainMeter
 from distrib.models import build_model
 from distrib.optim import Ema, build_optimizer, build_schedule, peak_lr
-from distrib.runtime import Runtime, is_main_process, start
+from distrib.runtime import Runtime, is_main_process, leave, start
 
 
 @dataclass
@@ -295,8 +295,8 @@ def make_plans(config: Config, indexes: tuple[Index, Index] | None, runtime: Run
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code: 0 finished, 75 stopped with everything saved, 2 the user's to mend, 1 failed."""
-    args = parse_args(argv)
     try:
+        args = parse_args(argv)
         config = load_config(args.config, args.overrides)
         if args.print_config:
             print(dump_config(config), end="")
@@ -314,6 +314,7 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         if is_main_process() or not error.everywhere:
             print(f"error: {error}", file=sys.stderr)
+        leave()
         return report_exit(USER_ERROR, str(error))
     except KeyboardInterrupt:
         return report_exit(FAILED, "interrupted twice; not saved")
@@ -323,4 +324,6 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    STOP.ignore()
+    sys.exit(code)

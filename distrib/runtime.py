@@ -119,8 +119,7 @@ class Runtime:
 
     def close(self) -> None:
         """Leaves the process groups; the last thing a healthy rank does."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave()
 
 
 def start() -> Runtime:
@@ -152,6 +151,15 @@ def start() -> Runtime:
         dist.init_process_group(backend, rank=rank, world_size=world, device_id=device_id)
         control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
     return Runtime(rank, world, local_rank, local_world, device, control)
+
+
+def leave() -> None:
+    """Leaves the process groups, where ``start`` joined any.
+
+    A rank that ends otherwise has gloo's threads alive while the interpreter is taken down, and may die of SIGABRT.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _cores() -> int:
