@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import yaml
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from distrib.config import Config, UserError
 from distrib.keys import REMARKS, TRUE_OR_FALSE, describe, find_kind, is_null, nearest, read_typed, refuse, show
@@ -67,7 +68,7 @@ class _Source:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is a UserError, and a key may stand behind dashes: ``--optim.lr=0.5``, ``--optim.lr 0.5``.
+    """argparse, but a mistake is a UserError, and ``--optim.lr=0.5`` and ``--optim.lr 0.5`` mean ``optim.lr=0.5``.
 
     Sweeps write that form; the options of other trainers (``--lr 0.5``) are answered with ours.
     """
@@ -271,8 +272,8 @@ def _validate(values: dict[str, Any], where: dict[str, str]) -> Config:
 
 def _explain(error: ValidationError, values: dict[str, Any], where: dict[str, str]) -> str:
     errors = error.errors(include_url=False)
-    first = errors[0]
-    key = ".".join(str(part) for part in first["loc"])
+    first, key = errors[0], _key_of(errors[0])
+    others = len({_key_of(error) for error in errors}) - 1
     place = _place(key, where)
     if first["type"] == "value_error":  # from a cross-check: its text names the keys
         text = str(first["ctx"]["error"])
@@ -282,10 +283,16 @@ def _explain(error: ValidationError, values: dict[str, Any], where: dict[str, st
         hint = f"; did you mean {meant}?" if meant else "; `--print-config` shows the valid ones"
         message = f"unknown key {key}{place}{hint}"
     else:
-        while find_kind(key) is None:  # data.scale.1 is an item of a value
-            key = key.rpartition(".")[0]
         message = f"{refuse(key, _look_up(values, key))}{place}"
-    return message + (f" (and {len(errors) - 1} more)" if len(errors) > 1 else "")
+    return message + (f" (and {others} more)" if others else "")
+
+
+def _key_of(error: ErrorDetails) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] not in ("extra_forbidden", "invalid_key"):
+        while key and find_kind(key) is None:  # data.scale.1 is an item of data.scale
+            key = key.rpartition(".")[0]
+    return key
 
 
 def _place(key: str, where: dict[str, str]) -> str:

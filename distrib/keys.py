@@ -165,12 +165,14 @@ def read_typed(key: str, text: str) -> Any:
 
 
 def _read_number(word: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(word)
-        except ValueError:
-            continue
-    return word
+    try:
+        return int(word)
+    except ValueError:
+        pass
+    try:
+        return float(word)
+    except ValueError:
+        return word
 
 
 def _read_list(word: str) -> Any:
@@ -207,7 +209,7 @@ def refuse(key: str, value: Any) -> str:
 
 def show(key: str, value: Any) -> str:
     """``key=value`` as it is typed."""
-    text = f"[{','.join(f'{item:g}' for item in value)}]" if isinstance(value, tuple) else str(value)
+    text = f"[{','.join(str(item) for item in value)}]" if isinstance(value, tuple) else str(value)
     return f"{key}={text.lower() if isinstance(value, bool) else text}"
 
 
@@ -222,8 +224,8 @@ def _words(key: str, kind: Kind, value: Any = None) -> str:
     if kind.base is str:
         return f"text{null}"
     if get_origin(kind.base) is Literal:
-        *most, last = get_args(kind.base)
-        return f"{', '.join(most)} or {last}{null}" if most else f"{last}{null}"
+        words = [*get_args(kind.base), *(["null"] if kind.optional else [])]
+        return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
     if get_origin(kind.base) is tuple:
         items = get_args(kind.base)
         count = "a list of" if Ellipsis in items else NUMBER_WORDS[len(items)]
