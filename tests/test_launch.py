@@ -355,7 +355,7 @@ def test_exit_codes_through_torchrun(tmp_path: Path, plan: str, expected: int) -
         assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"])
 def test_a_signal_reaches_each_worker_once(tmp_path: Path, name: str) -> None:
     with launched(tmp_path, "wait") as process:
         wait_for(tmp_path / "ready0", tmp_path / "ready1")
