@@ -47,7 +47,7 @@ from distrib.metrics import SaveTimer, Trace, TrainMeter
 from distrib.models import build_model
 from distrib.optim import Ema, build_optimizer, build_schedule, peak_lr
 from distrib.place import Place, find_place, publish
-from distrib.runtime import Runtime, start
+from distrib.runtime import Runtime, leave, start
 
 
 @dataclass
@@ -390,10 +390,10 @@ def main(argv: Sequence[str]) -> int:
     """Returns the exit code: 0 finished, 75 stopped with everything saved, 2 the user's to mend, 1 failed."""
     place = Place()
     try:
-        args = parse_args(argv)
-        check_limits()
         place = find_place(os.environ)
         publish(place, os.environ)
+        check_limits()
+        args = parse_args(argv)
         config = load_config(args.config, args.overrides)
         if args.print_config:
             print(dump_config(config), end="")
@@ -402,6 +402,7 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         if place.rank == 0 or not error.everywhere:
             print(f"error: {error}", file=sys.stderr)
+        leave()
         return report_exit(USER_ERROR, str(error))
     except Failure as error:
         print(f"error: {error}", file=sys.stderr)
@@ -422,17 +423,20 @@ def train(config: Config, place: Place) -> int:
         except Interrupted:
             if place.rank == 0:
                 print(f"{STOP.received}: stopped before the first step; the same command starts again")
+            leave()
             return STOPPED
         code = FAILED
         try:
             code = run.loop()
         finally:
             run.log.close(code)
-    run.runtime.close()
+    leave()
     if run.last_words:
         print(run.last_words, flush=True)
     return code
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    STOP.ignore()
+    sys.exit(code)

@@ -1,6 +1,6 @@
 """Command line and YAML to a Config: defaults, then ``extends:``, then the file, then dotted ``key=value``.
 
-Every mistake becomes one ``UserError`` line that names the key, the file and line, and the nearest valid name.
+Every mistake becomes one ``UserError`` line that names the key, the file and line, and the form that is wanted.
 """
 
 from __future__ import annotations
@@ -12,17 +12,26 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NoReturn
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from distrib.config import Config, UserError
+from distrib.keys import REMARKS, TRUE_OR_FALSE, describe, find_kind, is_null, nearest, read_typed, refuse, show
 
 DEFAULT_CONFIG = "configs/resnet50.yaml"
+ROOT = Path(__file__).resolve().parent.parent  # the checkout: its configs/ are found from any working directory
 REFERENCE = re.compile(r"\$\{([^${}]+)\}")
 # The one place where an unset variable may stand: what reads it says what to set, and a synthetic run never does.
 MAY_STAY_UNSET = "data.root"
+# Options that other trainers have and that are no setting here.
+NO_SETTING = {
+    **dict.fromkeys(("resume", "auto_resume", "start_epoch"), "the same command continues the run by itself"),
+    **dict.fromkeys(("gpus", "nproc_per_node", "nnodes", "node_rank"), "it is torchrun's and stands before train.py"),
+    **dict.fromkeys(("local_rank", "dist_url", "world_size"), "start several processes with torchrun"),
+}
 
 
 class _Loader(yaml.SafeLoader):
@@ -58,24 +67,85 @@ class _Source:
         self.where.update(other.where)
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is a UserError, and ``--optim.lr=0.5`` and ``--optim.lr 0.5`` mean ``optim.lr=0.5``.
+
+    Sweeps write that form; the options of other trainers (``--lr 0.5``) are answered with ours.
+    """
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError."""
+        raise UserError(f"{message} ({self.prog} --help shows the options)")
+
+    def parse_words(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Options and ``key=value`` words in any order."""
+        return self.parse_intermixed_args(self._without_dashes(list(argv)))
+
+    def _without_dashes(self, argv: list[str]) -> list[str]:
+        """Turns ``--key value`` and ``--key=value`` into ``key=value``; the parser's own options stay."""
+        words = []
+        while argv:
+            word = argv.pop(0)
+            flag, equals, value = word.partition("=")
+            own = self._option_string_actions.get(flag)
+            if own is not None or not flag.startswith("-") or flag == "--":
+                words.append(word)
+                if own is not None and own.nargs != 0 and not equals and argv:
+                    words.append(argv.pop(0))
+                continue
+            follows = bool(argv) and not equals and re.match(r"-(?![\d.])", argv[0]) is None
+            key = flag.lstrip("-").replace("-", "_")
+            kind = find_kind(key)
+            given = value if equals else argv[0] if follows else None
+            if kind is None:
+                raise UserError(self._no_option(flag, key, given))
+            if kind.part:
+                raise UserError(f"{flag}: {refuse(key, given)}")
+            if kind.base is bool and not equals and (given is None or given.lower() not in TRUE_OR_FALSE):
+                words.append(f"{key}=true")
+            elif given is None:
+                raise UserError(f"{flag} stands without a value: {describe(key)}")
+            else:
+                words.append(f"{key}={value if equals else argv.pop(0)}")
+        return words
+
+    def _no_option(self, flag: str, key: str, value: str | None) -> str:
+        if key in NO_SETTING:
+            return f"{flag} is no option: {NO_SETTING[key]}"
+        options = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.8)
+        if options:
+            return f"{flag} is no option; did you mean {options[0]}?"
+        meant = nearest(key)
+        if meant is None:
+            return f"{flag} is no option; settings are written key=value, `--print-config` shows them"
+        kind = find_kind(meant)
+        assert kind is not None
+        remark = f" ({REMARKS[meant]})" if meant in REMARKS else ""
+        return f"{flag} is no option; write {show(meant, kind.default if value is None else value)}{remark}"
+
+
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    """``train.py``'s arguments; ``overrides`` are the ``key=value`` words."""
-    parser = argparse.ArgumentParser(
+    """``train.py``'s arguments; ``overrides`` are the ``key=value`` words.
+
+    Raises:
+        UserError: an option that does not exist, with the form that is wanted.
+    """
+    parser = Parser(
         prog="train.py", description="Train a ResNet. The same command again continues the run.", allow_abbrev=False
     )
     parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="FILE", help="default: %(default)s")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.epochs=100 optim.lr=0.5")
-    return parser.parse_intermixed_args(list(argv))
+    return parser.parse_words(argv)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads, merges, checks and resolves a configuration.
+    """Reads, merges, checks and resolves a configuration. A relative ``path`` may also stand beside the code.
 
     Raises:
         UserError: one line naming the key or file that is wrong and the way out.
     """
-    source = _read_file(Path(path), ())
+    source = _read_file(_find(Path(path)), ())
     for word in overrides:
         source.update(_read_override(word))
     config = _validate(source.values, source.where)
@@ -93,6 +163,16 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> None:
             _merge(base[key], value)
         else:
             base[key] = value
+
+
+def _find(path: Path) -> Path:
+    """``path`` as it stands in the working directory, else beside the code."""
+    beside = ROOT / path
+    if os.path.lexists(path) or path.is_absolute() or "\0" in str(path):
+        return path
+    if not os.path.lexists(beside):
+        raise UserError(f"cannot read configuration {path}: neither {Path.cwd()} nor {ROOT} has it")
+    return beside
 
 
 def _read_file(path: Path, seen: tuple[Path, ...]) -> _Source:
@@ -160,33 +240,59 @@ def _read_override(word: str) -> _Source:
     key, equals, text = word.partition("=")
     if not equals or not key:
         raise UserError(f"{word!r} is not key=value (a configuration file goes behind --config)")
-    value, inner = _parse(text, "command line")
-    where = {key: "command line"} | {f"{key}.{k}": "command line" for k in inner}
+    if re.search(r"[\0\r\n]", text):
+        raise UserError(f"{key}: a value is one line, got {text!r} (command line)")
+    kind = find_kind(key)
+    where = {key: "command line"}
+    value: Any
+    if kind and kind.part and text.strip() and not is_null(kind, text):
+        value, inner = _parse(text, "command line")
+        if _ends_in_comment(text):
+            raise UserError(f"{key}: YAML reads the end of {text!r} as a comment; quote what has a # (command line)")
+        where |= {f"{key}.{k}": "command line" for k in inner}
+    else:
+        value = read_typed(key, text)
     for name in reversed(key.split(".")):
         value = {name: value}
     return _Source(value, where)
+
+
+def _ends_in_comment(text: str) -> bool:
+    """Whether YAML passes over the end of ``text``, which is one line and valid."""
+    node = yaml.compose(text, Loader=_Loader)
+    return node is not None and node.end_mark.index < len(text.rstrip())
 
 
 def _validate(values: dict[str, Any], where: dict[str, str]) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise UserError(_explain(error, where)) from None
+        raise UserError(_explain(error, values, where)) from None
 
 
-def _explain(error: ValidationError, where: dict[str, str]) -> str:
+def _explain(error: ValidationError, values: dict[str, Any], where: dict[str, str]) -> str:
     errors = error.errors(include_url=False)
-    first = errors[0]
-    key = ".".join(str(part) for part in first["loc"])
+    first, key = errors[0], _key_of(errors[0])
+    others = len({_key_of(error) for error in errors}) - 1
     place = _place(key, where)
-    if first["type"] == "extra_forbidden":
-        message = f"unknown key {key}{place}{_nearest(key)}"
-    elif first["type"] == "value_error":  # from a cross-check: its text names the keys
+    if first["type"] == "value_error":  # from a cross-check: its text names the keys
         text = str(first["ctx"]["error"])
         message = text + next((_place(k, where) for k in re.findall(r"\w+\.\w+", text) if _place(k, where)), place)
+    elif first["type"] in ("extra_forbidden", "invalid_key"):
+        meant = nearest(key)
+        hint = f"; did you mean {meant}?" if meant else "; `--print-config` shows the valid ones"
+        message = f"unknown key {key}{place}{hint}"
     else:
-        message = f"{key}: {first['msg'][:1].lower()}{first['msg'][1:]}, got {first['input']!r}{place}"
-    return message + (f" (and {len(errors) - 1} more)" if len(errors) > 1 else "")
+        message = f"{refuse(key, _look_up(values, key))}{place}"
+    return message + (f" (and {others} more)" if others else "")
+
+
+def _key_of(error: ErrorDetails) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] not in ("extra_forbidden", "invalid_key"):
+        while key and find_kind(key) is None:  # data.scale.1 is an item of data.scale
+            key = key.rpartition(".")[0]
+    return key
 
 
 def _place(key: str, where: dict[str, str]) -> str:
@@ -198,39 +304,21 @@ def _place(key: str, where: dict[str, str]) -> str:
     return f" ({below})" if below else ""
 
 
-def valid_keys(part: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """Every dotted key that a configuration may hold, parts included."""
-    keys = []
-    for name, info in part.model_fields.items():
-        keys.append(prefix + name)
-        for kind in (info.annotation, *get_args(info.annotation)):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                keys += valid_keys(kind, f"{prefix}{name}.")
-    return keys
-
-
-def _nearest(key: str) -> str:
-    names = valid_keys()
-    leaf = key.rpartition(".")[2]
-    same_leaf = [name for name in names if name.rpartition(".")[2] == leaf]
-    close = same_leaf if len(same_leaf) == 1 else difflib.get_close_matches(key, names, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else "; `--print-config` shows the valid ones"
+def _look_up(values: dict[str, Any], key: str) -> Any:
+    value: Any = values
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
 
 
 def _resolve(config: Config) -> dict[str, Any]:
     """Replaces ``${run.name}`` by that key's value and ``${HOME}`` by the environment's."""
     values = config.model_dump()
 
-    def look_up(dotted: str) -> Any:
-        value: Any = values
-        for name in dotted.split("."):
-            value = value.get(name) if isinstance(value, dict) else None
-        return value
-
     def replace(text: str, key: str, seen: tuple[str, ...]) -> str:
         def one(match: re.Match[str]) -> str:
             name = match[1]
-            value = look_up(name) if "." in name else os.environ.get(name)
+            value = _look_up(values, name) if "." in name else os.environ.get(name)
             if name in seen:
                 raise UserError(f"{seen[0]}: refers to itself, by way of {match[0]}")
             if isinstance(value, str) and "." in name:  # another key's text may hold references too

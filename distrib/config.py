@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -17,7 +18,17 @@ from pydantic import (
     PositiveInt,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
+
+def _not_empty(text: str) -> str:
+    if not text:
+        raise PydanticCustomError("empty", "is empty")
+    return text
+
+
+# Not by min_length: with that pydantic refuses the names of files that are not UTF-8.
+Text = Annotated[str, AfterValidator(_not_empty), Field(description="text that is not empty")]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Pair = Annotated[tuple[float, float], Field(strict=False)]
 Triple = Annotated[tuple[float, float, float], Field(strict=False)]
@@ -43,8 +54,10 @@ class Part(BaseModel):
 class RunConfig(Part):
     """Who the run is. A run is its directory; the same directory again continues it."""
 
-    name: Annotated[str, Field(pattern=r"^[\w.+-]+$")] = "resnet50"
-    dir: Annotated[str, Field(min_length=1)] = "runs/${run.name}"
+    name: Annotated[
+        str, Field(pattern=r"^[\w.+-]+$", description="a name of letters, digits, '_', '.', '+' and '-'")
+    ] = "resnet50"
+    dir: Text = "runs/${run.name}"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
 
@@ -68,7 +81,7 @@ class SyntheticConfig(Part):
 class DataConfig(Part):
     """Where the images are and how they are cropped. Sizes are pixels, ``mean`` and ``std`` on a scale of 0–255."""
 
-    root: str = "${IMAGENET_DIR}"
+    root: Text = "${IMAGENET_DIR}"
     loader: Literal["dali", "torchvision", "synthetic"] = "dali"
     size: PositiveInt = 224
     eval_resize: PositiveInt = 256
@@ -82,7 +95,7 @@ class DataConfig(Part):
     flip: Fraction = 0.5
     mean: Triple = (123.675, 116.28, 103.53)
     std: Triple = (58.395, 57.12, 57.375)
-    index_dir: str | None = None  # null: ~/.cache/distrib/index
+    index_dir: Text | None = None  # null: ~/.cache/distrib/index
     synthetic: SyntheticConfig = SyntheticConfig()
 
     @model_validator(mode="after")
@@ -174,8 +187,8 @@ class WandbConfig(Part):
     """Weights & Biases. Online without a key becomes offline, said once."""
 
     mode: Literal["online", "offline", "disabled"] = "online"
-    project: str = "distrib"
-    entity: str | None = None
+    project: Text = "distrib"
+    entity: Text | None = None
 
 
 class Config(Part):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import threading
@@ -79,6 +80,15 @@ class StopSignals:
             report_exit(STOPPED)
             os._exit(STOPPED)
 
+    @staticmethod
+    def ignore() -> None:
+        """For a process whose exit code is settled: torchrun sends SIGTERM to the ranks that are not the first to end.
+
+        Python forgets its handlers while it shuts down, and the signal would kill the rank; ignored ones stay ignored.
+        """
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
 
 class Agreement:
     """Flags that any rank raises, seen by all ranks at the same call, without waiting for the device.
@@ -114,9 +124,17 @@ class Agreement:
 
 
 def report_exit(code: int, message: str = "") -> int:
-    """Tells the launcher how this rank ended, as a line "RANK CODE MESSAGE": torchrun says 1 for every failure."""
-    path = os.environ.get("DISTRIB_EXIT_CODE_FILE")
-    if path:
-        with contextlib.suppress(OSError), open(path, "a", encoding="utf-8", errors="replace") as file:
-            file.write(f"{os.environ.get('RANK', 0)} {code} {' '.join(message.split())}\n")
+    """Tells the launcher how this rank ended, as a line "RANK CODE MESSAGE": torchrun says 1 for every failure.
+
+    torchrun's own table of failures gets the message through the file that it names for it.
+    """
+    message = " ".join(message.split())
+    if path := os.environ.get("DISTRIB_EXIT_CODE_FILE"):
+        with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"{os.environ.get('RANK', 0)} {code} {message}\n")
+    if code != FINISHED and (path := os.environ.get("TORCHELASTIC_ERROR_FILE")):
+        words = message or ("stopped on request, everything is saved" if code == STOPPED else "failed, see above")
+        extra = {"timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": {"message": words, "extraInfo": extra}}, file)
     return code

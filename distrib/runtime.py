@@ -145,11 +145,6 @@ class Runtime:
         dist.all_gather(rows, tensor)
         return torch.stack(rows)
 
-    def close(self) -> None:
-        """Leaves the process groups; the last thing a healthy rank does."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
 
 def start(place: Place = Place(), stop: StopSignals | None = None) -> Runtime:  # noqa: B008  a frozen value
     """Joins the run in which this process has its ``place``; the place is published as torchrun's variables.
@@ -190,6 +185,15 @@ def start(place: Place = Place(), stop: StopSignals | None = None) -> Runtime:  
                 everywhere=False,
             ) from None
     return Runtime(rank, world, local_rank, local_world, device, control)
+
+
+def leave() -> None:
+    """Leaves the process groups, where ``start`` joined any.
+
+    A rank that ends otherwise has gloo's threads alive while the interpreter is taken down, and may die of SIGABRT.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _cores() -> int:

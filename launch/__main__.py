@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import io
 import os
 import signal
 import subprocess
@@ -13,8 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-from distrib.cli import DEFAULT_CONFIG, load_config
-from distrib.config import UserError
+from distrib.cli import DEFAULT_CONFIG, Parser, load_config
+from distrib.config import Config, UserError
+from distrib.layout import SPLITS, count_images, look
 from launch.command import (
     EXIT_CODE_FILE,
     SIGNALS,
@@ -52,7 +54,10 @@ def main(argv: Sequence[str] | None = None, train: Path = TRAIN) -> int:
 
 def local(argv: list[str], train: Path) -> int:
     """Trains with torchrun on this machine."""
-    parser = argparse.ArgumentParser(
+    # The command is printed as it is read back: a file name may hold bytes that are no text.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")
+    parser = Parser(
         prog="python -m launch local",
         description="Train on this machine. The same command again continues the run.",
         allow_abbrev=False,
@@ -61,19 +66,40 @@ def local(argv: list[str], train: Path) -> int:
     parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="FILE", help="default: %(default)s")
     parser.add_argument("--dry-run", action="store_true", help="print the command and start nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.epochs=100 optim.lr=0.5")
-    args = parser.parse_intermixed_args(argv)
+    args = parser.parse_words(argv)
 
-    load_config(args.config, args.overrides)
+    check(load_config(args.config, args.overrides), args.procs)
     command = build_torchrun(args.procs, args.config, args.overrides, os.environ, _cores(), train)
     print(command, flush=True)
     if args.dry_run:
         return 0
     if not train.is_file():
         raise UserError(f"{train} is missing: run `python -m launch` from a checkout of the repository")
-    outcome = run(command, args.procs, os.environ)
+    outcome = run(command.through_agent(), args.procs, os.environ)
     if outcome.message:
         print(outcome.message, file=sys.stderr)
     return outcome.code
+
+
+def check(config: Config, procs: int) -> None:
+    """Looks at what the workers would refuse, in the words that they would use, before any of them starts.
+
+    Raises:
+        UserError: more processes than images in a batch, or a batch larger than the data set.
+    """
+    batch, synthetic = config.train.global_batch, config.data.synthetic
+    if procs > batch:
+        raise UserError(f"train.global_batch {batch} is smaller than the {procs} processes: raise it, or start fewer")
+    if config.data.loader == "synthetic":
+        if batch > synthetic.train:
+            raise UserError(
+                f"train.global_batch {batch} is larger than the training set of {synthetic.train} images: lower it"
+            )
+        return
+    look(config.data, config.model.num_classes)
+    found = count_images(config.data, SPLITS[0], batch)
+    if found < batch:
+        raise UserError(f"train.global_batch {batch} is larger than the training set of {found} images: lower it")
 
 
 def run(command: Command, procs: int, environ: Mapping[str, str]) -> Outcome:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 FINISHED, FAILED, USER_ERROR = 0, 1, 2
@@ -15,6 +15,8 @@ TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
 # The file to which each worker appends `RANK CODE MESSAGE` as it ends; torchrun tells a failure only as 1.
 EXIT_CODE_FILE = "DISTRIB_EXIT_CODE_FILE"
+
+TORCHRUN, AGENT = "torch.distributed.run", "launch.agent"
 
 # What torchrun hands on to the workers. By itself it dies of SIGUSR1 and SIGUSR2 and leaves the workers as orphans.
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
@@ -30,6 +32,10 @@ class Command:
     def __str__(self) -> str:
         """One line for a shell."""
         return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in self.env.items()), shlex.join(self.argv)])
+
+    def through_agent(self) -> Command:
+        """The same words for ``launch.agent``, which leaves it to us to say how the run ended."""
+        return replace(self, argv=tuple(AGENT if word == TORCHRUN else word for word in self.argv))
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ def build_torchrun(
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # or restarted workers meet the old store: pytorch #135712
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",  # seconds from a signal to SIGKILL; a save must fit
     }
-    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={procs}"]
+    argv = [sys.executable, "-m", TORCHRUN, "--standalone", f"--nproc-per-node={procs}"]
     # Else the workers meet at the machine's own name, which a laptop may not resolve.
     argv += ["--local-addr=localhost"]
     argv += [f"--signals-to-handle={','.join(SIGNALS)}", str(train), "--config", config, *overrides]
@@ -84,6 +90,8 @@ def judge(returncode: int, reports: Mapping[int, Report], procs: int, forwarded:
     if returncode == 0:
         return Outcome(FINISHED)
     if USER_ERROR in codes:
+        if 0 in reports and reports[0].code == USER_ERROR:  # it printed its line
+            return Outcome(USER_ERROR)
         said = next((report.message for report in reports.values() if report.code == USER_ERROR and report.message), "")
         return Outcome(USER_ERROR, f"error: {said or 'the configuration or the data is wrong, see above'}")
     saved = len(codes) == procs and STOPPED in codes and set(codes) <= {FINISHED, STOPPED}

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from distrib.cli import DEFAULT_CONFIG, dump_config, load_config, parse_args, valid_keys
+from distrib.cli import DEFAULT_CONFIG, ROOT, dump_config, load_config, parse_args
 from distrib.config import Config, DataConfig, EmaConfig, OptimConfig, RunConfig, TrainConfig, UserError
+from distrib.keys import describe, valid_keys
 
 Write = Callable[..., Path]
 
@@ -90,7 +91,7 @@ def test_overrides_take_yaml(write: Write) -> None:
             "train.micro_batch=null",
             "ema=null",
             "data={flip: 0, workers: 2}",
-            "run.name='123'",
+            "run.name=123",
             "run.dir=a=b",
         ],
     )
@@ -193,6 +194,8 @@ def test_a_mistake_is_placed_in_the_file_that_holds_it(write: Write) -> None:
         ("data:\n  synthetic:\n    trainn: 3\n", "data.synthetic.trainn", 3, "did you mean data.synthetic.train?"),
         ("ema: {deccay: 0.9}\n", "ema.deccay", 1, "did you mean ema.decay?"),
         ("qqq: 1\n", "qqq", 1, "--print-config"),
+        ("1: 2\n", "1", 1, "--print-config"),
+        ("train:\n  batch_size: 3\n", "train.batch_size", 2, "did you mean train.global_batch?"),
     ],
 )
 def test_unknown_keys(write: Write, text: str, key: str, line: int, hint: str) -> None:
@@ -209,32 +212,31 @@ def test_unknown_override(write: Write) -> None:
 @pytest.mark.parametrize(
     ("text", "start", "line"),
     [
-        ("train:\n  epochs: many\n", "train.epochs: input should be a valid number, got 'many'", 2),
-        ("train:\n  epochs: '90'\n", "train.epochs: ", 2),
-        ("train:\n  global_batch: 2.5\n", "train.global_batch: input should be a valid integer, got 2.5", 2),
-        ("train:\n  global_batch: 1e3\n", "train.global_batch: ", 2),
-        ("train:\n  compile: 1\n", "train.compile: input should be a valid boolean, got 1", 2),
+        ("train:\n  epochs: many\n", "train.epochs takes a number above 0, got 'many'", 2),
+        ("train:\n  epochs: '90'\n", "train.epochs takes a number above 0, got '90'", 2),
+        ("train:\n  global_batch: 2.5\n", "train.global_batch takes a whole number above 0, got 2.5", 2),
+        ("train:\n  global_batch: 1e3\n", "train.global_batch takes ", 2),
+        ("train:\n  compile: 1\n", "train.compile takes true or false, got 1", 2),
+        ("train:\n  precision: int8\n", "train.precision takes bf16, fp16, tf32 or fp32, got 'int8'", 2),
+        ("train:\n  label_smoothing: 1\n", "train.label_smoothing takes a number of at least 0 and below 1, got 1", 2),
+        ("optim:\n  lr: .nan\n", "optim.lr takes a number above 0, got nan, which is not finite", 2),
+        ("optim:\n  lr: .inf\n", "optim.lr takes a number above 0, got inf, which is not finite", 2),
+        ("optim:\n  lr: 0\n", "optim.lr takes a number above 0, got 0", 2),
+        ("run:\n  name: 12\n", "run.name takes a name of letters, digits, '_', '.', '+' and '-', got 12", 2),
+        ("run:\n  name: a/b\n", "run.name takes a name of letters", 2),
+        ("run:\n  name:\n", "run.name takes a name of letters, digits, '_', '.', '+' and '-', got None", 2),
+        ("run:\n  dir: ''\n", "run.dir takes text that is not empty, got ''", 2),
+        ("run:\n  seed: -1\n", "run.seed takes a whole number of at least 0 and below 9223372036854775808, got -1", 2),
+        ("data:\n  scale: [1]\n", "data.scale takes two numbers: data.scale=[0.08,1.0], got [1]", 2),
+        ("data:\n  scale:\n  - 0.1\n  - x\n", "data.scale takes two numbers: data.scale=[0.08,1.0], got [0.1, 'x']", 2),
         (
-            "train:\n  precision: int8\n",
-            "train.precision: input should be 'bf16', 'fp16', 'tf32' or 'fp32', got 'int8'",
+            "data:\n  mean: [1, 2, 3, 4]\n",
+            "data.mean takes three numbers: data.mean=[123.675,116.28,103.53], got [1, 2, 3, 4]",
             2,
         ),
-        ("train:\n  label_smoothing: 1\n", "train.label_smoothing: ", 2),
-        ("optim:\n  lr: .nan\n", "optim.lr: ", 2),
-        ("optim:\n  lr: .inf\n", "optim.lr: ", 2),
-        ("optim:\n  lr: 0\n", "optim.lr: input should be greater than 0, got 0", 2),
-        ("run:\n  name: 12\n", "run.name: input should be a valid string, got 12", 2),
-        ("run:\n  name: a/b\n", "run.name: ", 2),
-        ("run:\n  name:\n", "run.name: input should be a valid string, got None", 2),
-        ("run:\n  dir: ''\n", "run.dir: ", 2),
-        ("run:\n  seed: -1\n", "run.seed: ", 2),
-        ("data:\n  scale: [1]\n", "data.scale.1: field required", 2),
-        ("data:\n  scale:\n  - 0.1\n  - x\n", "data.scale.1: input should be a valid number, got 'x'", 2),
-        ("data:\n  mean: [1, 2, 3, 4]\n", "data.mean: ", 2),
-        ("model: resnet18\n", "model: input should be a valid dictionary", 1),
-        ("trace: true\ndata:\n", "data: input should be a valid dictionary", 2),
-        ("ema: 0.9\n", "ema: input should be a valid dictionary", 1),
-        ("1: 2\n", "1: ", 1),
+        ("model: resnet18\n", "model takes keys of its own: model.name=resnet18", 1),
+        ("trace: true\ndata:\n", "data takes keys of its own: data.root=${IMAGENET_DIR}", 2),
+        ("ema: 0.9\n", "ema takes keys of its own or null: ema.decay=0.9", 1),
     ],
 )
 def test_wrong_values(write: Write, text: str, start: str, line: int) -> None:
@@ -251,6 +253,7 @@ def test_more_mistakes_are_counted(write: Write) -> None:
     ("overrides", "part"),
     [
         (["data.eval_size=300"], "data.eval_size 300 is larger than data.eval_resize 256"),
+        (["data.scale=0.5,0.1"], "data.scale [0.5, 0.1] is not"),
         (["data.scale=[0.5, 0.1]"], "data.scale [0.5, 0.1] is not"),
         (["data.scale=[0, 1]"], "data.scale"),
         (["data.scale=[0.5, 1.1]"], "data.scale"),
@@ -285,13 +288,164 @@ def test_words_that_are_no_override(write: Write, word: str) -> None:
     assert "is not key=value (a configuration file goes behind --config)" in refused(write(), word)
 
 
-@pytest.mark.parametrize(
-    "word", ["optim.lr=[1", "optim.lr=a: b: c", "optim.lr=!!python/name:os.system", "run.name=0x_"]
-)
-def test_overrides_that_are_no_yaml(write: Write, word: str) -> None:
+@pytest.mark.parametrize("word", ["ema={decay: 0.9", "ema=a: b: c", "ema=!!python/name:os.system", "ema={decay: 0x_}"])
+def test_mappings_that_are_no_yaml(write: Write, word: str) -> None:
     message = refused(write(), word)
     assert message.startswith("command line")
     assert "not valid YAML" in message
+
+
+def test_a_mapping_has_no_comment(write: Write) -> None:
+    assert "as a comment" in refused(write(), "run={dir: /x} #2")
+    assert load_config(write(), ["run={dir: '/x #2'}"]).run.dir == "/x #2"
+
+
+TYPED = [
+    *(
+        "/run #2",
+        "#2",
+        "a: b",
+        "*a",
+        "&a",
+        "!a",
+        "%a",
+        "@a",
+        "`a`",
+        "{a}",
+        "[a]",
+        "[a, b",
+        "{a: b}",
+        "'a'",
+        '"a"',
+        "'a",
+    ),
+    *(" a ", "a b", "a=b", "=", "-", "- a", "? a", "|", ">", "null", "~", "None", "yes", "007", "1.0", "1e3", "0x_"),
+    *(
+        "12:30:45",
+        "2026-03-01",
+        "---",
+        "\t",
+        "a\tb",
+        "\x01",
+        "\x7f",
+        "\u2028",
+        "\ufeff",
+        "läufe/日本",
+        "/d\udcff\udcfe",
+    ),
+]
+
+
+@pytest.mark.parametrize("text", [text for text in TYPED if text.strip()])
+def test_text_is_what_was_typed(write: Write, text: str) -> None:
+    config = load_config(write(), [f"run.dir={text}", f"data.root={text}", f"wandb.project={text}"])
+    assert (config.run.dir, config.data.root, config.wandb.project) == (text, text, text)
+    assert load_config(write(dump_config(config))) == config
+    if "--" not in text:  # of a parser's own
+        assert parse_args([f"--run.dir={text}"]).overrides == [f"run.dir={text}"]
+
+
+@pytest.mark.parametrize("name", ["null", "yes", "007", "1.0", "1e-3", "12", "true", "~"])
+def test_a_name_is_text(write: Write, name: str) -> None:
+    if name == "~":
+        assert "run.name takes a name of letters" in refused(write(), f"run.name={name}")
+    else:
+        assert load_config(write(), [f"run.name={name}"]).run.name == name
+
+
+@pytest.mark.parametrize("null", ["null", "~", "None", "NULL"])
+def test_null_where_a_key_takes_it(write: Write, null: str) -> None:
+    words = ["model.stem", "ema", "checkpoint.every_minutes", "train.micro_batch", "data.index_dir", "wandb.entity"]
+    path = write("model: {stem: small}\nema: {decay: 0.9}\ndata: {index_dir: x}\nwandb: {entity: y}\n")
+    config = load_config(path, [f"{word}={null}" for word in words])
+    assert (config.model.stem, config.ema, config.checkpoint.every_minutes) == (None, None, None)
+    assert (config.train.micro_batch, config.data.index_dir, config.wandb.entity) == (None, None, None)
+    assert "optim.lr takes a number above 0, got" in refused(write(), f"optim.lr={null}")
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("true", True),
+        ("Yes", True),
+        ("ON", True),
+        ("1", True),
+        ("False", False),
+        ("no", False),
+        ("off", False),
+        ("0", False),
+    ],
+)
+def test_booleans_in_any_form(write: Write, word: str, value: bool) -> None:
+    assert load_config(write(), [f"trace={word}", f"train.compile={word}"]).trace is value
+
+
+@pytest.mark.parametrize("text", ["[0.2, 1.0]", "0.2,1.0", "0.2, 1", "(0.2,1)", " [2e-1,1e0,] "])
+def test_lists_in_any_form(write: Write, text: str) -> None:
+    assert load_config(write(), [f"data.scale={text}"]).data.scale == (0.2, 1)
+
+
+def test_lists_of_any_length(write: Write) -> None:
+    assert load_config(write(), ["schedule.milestones=30"]).schedule.milestones == (30,)
+    assert load_config(write(), ["schedule.milestones=[]"]).schedule.milestones == ()
+
+
+def test_numbers_are_decimal(write: Write) -> None:
+    assert load_config(write(), ["run.seed=010"]).run.seed == 10  # YAML 1.1: 8
+    assert "got '1:30'" in refused(write(), "train.epochs=1:30")  # YAML 1.1: 90
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("model=resnet18", "model takes keys of its own: model.name=resnet18"),
+        ("schedule=step", "schedule takes keys of its own: schedule.name=step"),
+        ("data=/x", "data takes keys of its own: data.root=/x"),
+        ("train=12", "train takes keys of its own: train.epochs=12"),
+        ("ema=true", "ema takes keys of its own or null: ema.decay=0.9999"),
+        ("wandb=false", "wandb takes keys of its own: wandb.mode=online"),
+        ("data.scale=0.5", "data.scale takes two numbers: data.scale=[0.08,1.0], got [0.5]"),
+        ("data.scale=[a,b]", "data.scale takes two numbers: data.scale=[0.08,1.0], got ['a', 'b']"),
+        (
+            "schedule.milestones=null",
+            "schedule.milestones takes a list of numbers: schedule.milestones=[30,60,80], got ",
+        ),
+        ("trace=maybe", "trace takes true or false, got 'maybe'"),
+        ("train.precision=FP8", "train.precision takes bf16, fp16 or fp32, got 'FP8'"),
+        ("model.stem=big", "model.stem takes imagenet, small or null, got 'big'"),
+        ("optim.name=adamw", "optim.name takes sgd, got 'adamw'"),
+        ("train.steps=0", "train.steps takes a whole number above 0 or null, got 0"),
+        ("train.steps=true", "train.steps takes a whole number above 0 or null, got 'true'"),
+        ("data.flip=2", "data.flip takes a number of at least 0 and of at most 1, got 2"),
+        ("optim.lr=inf", "optim.lr takes a number above 0, got inf, which is not finite"),
+        ("data.root=", "data.root= stands without a value: data.root takes text that is not empty"),
+        ("data.root= ", "data.root= stands without a value: data.root takes text that is not empty"),
+        (
+            "checkpoint.every_minutes=",
+            "checkpoint.every_minutes= stands without a value: checkpoint.every_minutes takes",
+        ),
+        ("ema=", "ema= stands without a value: ema takes keys of its own or null: ema.decay=0.9999"),
+        ("run.name.x=1", "run.name takes a name of letters, digits, '_', '.', '+' and '-', got {'x': '1'}"),
+        ("run.dir=a\nb", "run.dir: a value is one line, got 'a\\nb'"),
+        ("run.dir=a\0b", "run.dir: a value is one line, got 'a\\x00b'"),
+        ("lr=0.1", "unknown key lr (command line); did you mean optim.lr?"),
+        ("batch_size=8", "unknown key batch_size (command line); did you mean train.global_batch?"),
+    ],
+)
+def test_the_right_form_is_shown(write: Write, word: str, message: str) -> None:
+    said = refused(write(), word)
+    assert said.startswith(message)
+    assert said.endswith("(command line)") or "unknown key" in said
+
+
+def test_every_key_says_what_it_takes(write: Write) -> None:
+    for key in valid_keys():
+        said = refused(write(f"{'.'.join(key.split('.'))!r}: 1\n"))  # a dotted key in a file is no key
+        assert said.startswith(f"unknown key {key}") or "." not in key
+        words = describe(key)
+        assert words.startswith(f"{key} takes ")
+        assert "typing" not in words
+        assert "<" not in words
 
 
 @pytest.mark.parametrize("word", [".=1", "train.=1", ".train=1", "train..epochs=1", "run.name.x=1", "train=1", "1=2"])
@@ -341,7 +495,8 @@ def test_not_a_mapping(write: Write, text: str) -> None:
 
 def test_files_that_cannot_be_read(write: Write, tmp_path: Path) -> None:
     assert refused(write(b"run: \xff\xfe\n")) == "c.yaml: not a UTF-8 text file"
-    assert refused("none.yaml") == "cannot read configuration none.yaml: No such file or directory"
+    assert refused("none.yaml") == f"cannot read configuration none.yaml: neither {tmp_path} nor {ROOT} has it"
+    assert refused(tmp_path / "none.yaml").endswith("none.yaml: No such file or directory")
     assert refused(tmp_path).endswith("Is a directory")
     assert "cannot read configuration" in refused(write('extends: "a\\0b"\n'))
 
@@ -419,12 +574,69 @@ def test_arguments_in_any_order() -> None:
     assert parse_args([]).config == DEFAULT_CONFIG
 
 
-@pytest.mark.parametrize("argv", [["--conf", "c.yaml"], ["--config"], ["--lr", "3"]])
-def test_wrong_arguments_exit_with_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
+@pytest.mark.parametrize(
+    ("argv", "overrides"),
+    [
+        (["--optim.lr=0.1"], ["optim.lr=0.1"]),
+        (["--optim.lr", "0.1", "a=1"], ["optim.lr=0.1", "a=1"]),
+        (["--train.global-batch", "8"], ["train.global_batch=8"]),
+        (["--optim.lr", "-1"], ["optim.lr=-1"]),
+        (["--trace", "--config", "c.yaml"], ["trace=true"]),
+        (["--train.compile", "no", "--trace"], ["train.compile=no", "trace=true"]),
+        (["--run.dir=", "--run.name=a=b"], ["run.dir=", "run.name=a=b"]),
+        (["--config", "--optim.lr"], []),  # argparse's own word for it
+    ],
+)
+def test_keys_behind_dashes(argv: list[str], overrides: list[str]) -> None:
+    if overrides:
+        assert parse_args(argv).overrides == overrides
+    else:
+        with pytest.raises(UserError, match="--config: expected one argument"):
+            parse_args(argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--lr", "0.1"], "--lr is no option; write optim.lr=0.1"),
+        (["--lr=0.1"], "--lr is no option; write optim.lr=0.1"),
+        (["--epochs=90"], "--epochs is no option; write train.epochs=90"),
+        (["-b", "256"], "-b is no option; write train.global_batch=256 (the whole step's, over all processes)"),
+        (["--batch-size"], "--batch-size is no option; write train.global_batch=1024 (the whole step's, over all"),
+        (["--model", "resnet18"], "--model: model takes keys of its own: model.name=resnet18"),
+        (["-a", "resnet18"], "-a is no option; write model.name=resnet18"),
+        (["--data", "/x"], "--data: data takes keys of its own: data.root=/x"),
+        (["--data-path", "/x"], "--data-path is no option; write data.root=/x"),
+        (["--workers", "4"], "--workers is no option; write data.workers=4"),
+        (["-j", "4"], "-j is no option; write data.workers=4"),
+        (["--wd", "1e-4"], "--wd is no option; write optim.weight_decay=1e-4"),
+        (["--weight-decay", "1e-4"], "--weight-decay is no option; write optim.weight_decay=1e-4"),
+        (["--resume", "x.pt"], "--resume is no option: the same command continues the run by itself"),
+        (["--nproc_per_node=2"], "--nproc_per_node is no option: it is torchrun's and stands before train.py"),
+        (["--confg", "c.yaml"], "--confg is no option; did you mean --config?"),
+        (["--print_config"], "--print_config is no option; did you mean --print-config?"),
+        (["--zzz"], "--zzz is no option; settings are written key=value"),
+        (["--optim.lr"], "--optim.lr stands without a value: optim.lr takes a number above 0"),
+        (["--optim.lr", "--trace"], "--optim.lr stands without a value: optim.lr takes a number above 0"),
+        (["--config"], "argument --config: expected one argument"),
+    ],
+)
+def test_options_of_other_trainers(argv: list[str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
         parse_args(argv)
-    assert stop.value.code == 2
-    assert "train.py: error:" in capsys.readouterr().err
+    assert str(caught.value).startswith(message)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_configurations_are_found_beside_the_code(write: Write, tmp_path: Path) -> None:
+    here = load_config(DEFAULT_CONFIG)
+    assert here.model.name == "resnet50"
+    write("run: {name: mine}\n", "configs/resnet50.yaml")
+    assert load_config(DEFAULT_CONFIG).run.name == "mine"  # the working directory's goes first
+    assert load_config("configs/resnet101.yaml").run.name == "resnet101"  # its extends: is beside it, not here
+    (tmp_path / "configs/resnet50.yaml").unlink()
+    (tmp_path / "configs/resnet50.yaml").mkdir()
+    assert refused(DEFAULT_CONFIG).endswith("Is a directory")
 
 
 def test_imports_no_torch() -> None:

@@ -59,6 +59,8 @@ if plan == "crash":
     while not (notes / "ready0").exists():
         time.sleep(0.02)
     os.kill(os.getpid(), signal.SIGKILL)
+if plan == "2" and rank == 0:
+    print("error: data.root: no such folder", file=sys.stderr)
 leave(int(plan), "data.root: no such folder" if plan == "2" else "")
 """
 
@@ -192,7 +194,7 @@ def test_judges(returncode: int, codes: dict[int, int], forwarded: int | None, e
     outcome = judge(returncode, {rank: Report(code) for rank, code in codes.items()}, 2, forwarded)
     assert outcome.code == expected
     assert "\n" not in outcome.message
-    assert bool(outcome.message) == (expected != FINISHED)
+    assert bool(outcome.message) == (expected != FINISHED and codes.get(0) != USER_ERROR)  # rank 0 said it
 
 
 def test_repeats_the_workers_own_message() -> None:
@@ -224,6 +226,14 @@ def test_dry_run_only_prints(
 @pytest.mark.parametrize(
     ("words", "part"),
     [
+        (["train.global_batch=1"], "train.global_batch 1 is smaller than the 2 processes: raise it, or start fewer"),
+        (
+            ["data.loader=synthetic", "data.synthetic.train=8", "train.global_batch=9"],
+            "train.global_batch 9 is larger than the training set of 8 images: lower it",
+        ),
+        (["--lr", "0.1"], "--lr is no option; write optim.lr=0.1"),
+        (["--proc", "3"], "did you mean --procs?"),
+        (["model=resnet18"], "model.name=resnet18"),
         (["train.epoch=3"], "did you mean train.epochs?"),
         (["train.epochs=many"], "train.epochs"),
         (["--config", "no/such.yaml"], "no/such.yaml"),
@@ -243,6 +253,50 @@ def test_a_wrong_configuration_starts_nothing(
     assert part in err
 
 
+def test_the_default_configuration_stands_beside_the_code(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["local", "--procs", "2", "--dry-run"]) == 0
+    assert main(["local", "--procs", "2", "--dry-run", "--config", "configs/none.yaml"]) == USER_ERROR
+    err = capfd.readouterr().err
+    assert err == f"error: cannot read configuration configs/none.yaml: neither {tmp_path} nor {ROOT} has it\n"
+
+
+def test_bytes_that_are_no_text_are_handed_on(tmp_path: Path) -> None:
+    word = b"data.root=/d\xff #2"
+    done = subprocess.run(
+        [sys.executable, "-m", "launch", "local", "--procs", "2", "--dry-run", "--optim.lr", "0.5", word],
+        cwd=ROOT,
+        capture_output=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout.endswith(b"train.py --config configs/resnet50.yaml optim.lr=0.5 'data.root=/d\xff #2'\n")
+
+
+def test_the_agent_takes_torchruns_words() -> None:
+    command = build_torchrun(2, "c.yaml", ["run.name=x"], {}, cores=2)
+    plain, quiet = command.argv, command.through_agent().argv
+    assert [(a, b) for a, b in zip(plain, quiet, strict=True) if a != b] == [("torch.distributed.run", "launch.agent")]
+    assert command.through_agent().env == command.env
+
+
+def test_what_torchrun_refuses_is_one_line() -> None:
+    environ = {name: value for name, value in os.environ.items() if name != "LOGLEVEL"}
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.agent", "--nproc-per-node=none", "train.py"],
+        cwd=ROOT,
+        env=environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == FAILED
+    assert done.stderr == "error: torchrun: ValueError: Unsupported nproc_per_node value: none\n"
+
+
 def test_a_missing_train_py_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "c.yaml"
     config.write_text("")
@@ -252,9 +306,7 @@ def test_a_missing_train_py_is_said(tmp_path: Path, capfd: pytest.CaptureFixture
 
 @pytest.mark.parametrize("procs", ["0", "-1", "two", "1.5", ""])
 def test_procs_is_a_positive_number(procs: str, capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(["local", f"--procs={procs}"])
-    assert stop.value.code == USER_ERROR
+    assert main(["local", f"--procs={procs}"]) == USER_ERROR
     assert "not a positive whole number" in capfd.readouterr().err
 
 
@@ -297,12 +349,13 @@ def test_exit_codes_through_torchrun(tmp_path: Path, plan: str, expected: int) -
             *("--config", str(tmp_path / "config.yaml"), "train.epochs=7")
         ]
     if plan == "2":
-        assert err.splitlines()[-1] == "error: data.root: no such folder"
+        assert err == "error: data.root: no such folder\n"
     if plan == "1":
-        assert err.splitlines()[-1].startswith("error: torchrun exited with 1 (rank 0: 1, rank 1: 1)")
+        assert err.startswith("error: torchrun exited with 1 (rank 0: 1, rank 1: 1)")
+        assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"])
 def test_a_signal_reaches_each_worker_once(tmp_path: Path, name: str) -> None:
     with launched(tmp_path, "wait") as process:
         wait_for(tmp_path / "ready0", tmp_path / "ready1")
@@ -310,7 +363,10 @@ def test_a_signal_reaches_each_worker_once(tmp_path: Path, name: str) -> None:
         _, err = process.communicate(timeout=120)
     assert process.returncode == STOPPED, err
     assert [(tmp_path / f"got{rank}").read_text() for rank in (0, 1)] == [name, name]
-    assert err.splitlines()[-1] == "stopped on request; the same command continues"
+    assert err.splitlines() == [
+        f"{name}: asking the workers to save and stop",
+        "stopped on request; the same command continues",
+    ]
 
 
 def test_ctrl_c_twice_still_saves(tmp_path: Path) -> None:
@@ -322,7 +378,11 @@ def test_ctrl_c_twice_still_saves(tmp_path: Path) -> None:
         _, err = process.communicate(timeout=120)
     assert process.returncode == STOPPED, err
     assert [(tmp_path / f"got{rank}").read_text() for rank in (0, 1)] == ["SIGINT", "SIGINT"]
-    assert "SIGINT: already stopping" in err
+    assert err.splitlines() == [
+        "SIGINT: asking the workers to save and stop",
+        "SIGINT: already stopping, waiting for the workers to save",
+        "stopped on request; the same command continues",
+    ]
 
 
 def test_a_killed_worker_is_a_failure_though_the_other_stopped(tmp_path: Path) -> None:
@@ -330,6 +390,8 @@ def test_a_killed_worker_is_a_failure_though_the_other_stopped(tmp_path: Path) -
         _, err = process.communicate(timeout=120)
     assert (tmp_path / "got0").read_text() == "SIGTERM"
     assert process.returncode == FAILED, err
+    assert err.splitlines()[0] == "rank 1 was killed by SIGKILL"
+    assert "Traceback" not in err
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux for it")

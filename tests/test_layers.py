@@ -20,13 +20,15 @@ LAYERS = (
     ("distrib.faults", "distrib.jsonl"),
     ("distrib.layout", "distrib.place", "distrib.surroundings"),
     ("distrib.cli",),
+    ("distrib.keys",),
     ("distrib.config",),
     ("distrib",),  # the package itself: its version
 )
 DEPTH = {unit: depth for depth, layer in enumerate(LAYERS) for unit in layer}
 APART = ("distrib.tools",)  # programs, each a module or a sub-package, that do not import each other either
 LAUNCH_MAY = ("distrib.config", "distrib.cli", "distrib.layout", "distrib.surroundings")
-WITHOUT_TORCH = ("launch", "distrib", *LAUNCH_MAY)  # a login node has none
+WITHOUT_TORCH = ("launch", "distrib", "distrib.keys", *LAUNCH_MAY)  # a login node has none
+AGENT = "launch.agent"  # the one exception: a program that stands in for torchrun, started only where torch is
 OURS = ("distrib", "launch", "train", "tests", "benchmarks")
 
 
@@ -74,7 +76,9 @@ def forbidden(importer: str, imported: str) -> str | None:
     if imported.endswith(".*"):
         return "a star import hides what is used"
     here, there = unit_of(importer), unit_of(imported)
-    if here in WITHOUT_TORCH and top in ("torch", "torchvision"):
+    if imported == AGENT:
+        return "it imports torch; start it as a program of its own"
+    if here in WITHOUT_TORCH and top in ("torch", "torchvision") and importer != AGENT:
         return f"{here} must work on a login node, which has no torch"
     if top not in OURS:
         return None
@@ -141,6 +145,7 @@ ALLOWED = {
     "launch/__init__.py": "",
     "launch/__main__.py": "from launch.command import build\nimport distrib.config\nfrom distrib import cli\n",
     "launch/command.py": "import shlex\n",
+    "launch/agent.py": "from torch.distributed import run\nfrom launch.command import FAILED\n",
 }
 
 
@@ -234,6 +239,17 @@ def test_what_the_layers_allow() -> None:
             "1: launch.command imports distrib: launch imports only distrib.config",
         ),
         ("launch/command.py", "import train\n", "1: launch.command imports train: launch imports only distrib.config"),
+        (
+            "launch/slurm.py",
+            "from launch import agent\n",
+            "1: launch.slurm imports launch.agent: it imports torch",
+        ),
+        (
+            "launch/agent.py",
+            "import distrib.log\n",
+            "1: launch.agent imports distrib.log: launch imports only",
+        ),
+        ("distrib/keys.py", "import torchvision\n", "1: distrib.keys imports torchvision: distrib.keys must"),
         ("launch/slurm.py", "from torch import cuda\n", "1: launch.slurm imports torch: launch must work on a login"),
     ],
 )

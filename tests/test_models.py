@@ -191,13 +191,21 @@ def test_stem_sets_the_resolution(name: str, stem: str | None, sizes: list[int])
 
 
 @pytest.mark.parametrize(
-    ("name", "nearest"), [("resnet51", "resnet5"), ("ResNeXt50_32x4d", "resnext50_32x4d"), ("", "")]
+    ("name", "hint"),
+    [
+        ("resnet51", "did you mean 'resnet5"),
+        ("ResNeXt50_32x4d", "did you mean 'resnext50_32x4d'?"),
+        ("resnext50", "did you mean 'resne"),
+        ("efficientnet_b0", "there are resnet18, "),
+        ("densenet121", "there are resnet18, "),
+        ("", "there are resnet18, "),
+    ],
 )
-def test_unknown_name(name: str, nearest: str) -> None:
+def test_unknown_name(name: str, hint: str) -> None:
     with pytest.raises(UserError) as error:
         build(name)
     message = str(error.value)
-    assert message.startswith(f"model.name {name!r} is not a network; did you mean '{nearest}")
+    assert message.startswith(f"model.name {name!r} is not a network; {hint}")
     assert "\n" not in message
 
 

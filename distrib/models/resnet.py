@@ -214,6 +214,7 @@ def build_model(cfg: ModelConfig) -> nn.Module:
       start at one, whatever ``zero_init_residual`` says: without shortcuts a zero would let no signal through.
     """
     if cfg.name not in ARCHITECTURES:
-        (nearest,) = difflib.get_close_matches(cfg.name, MODEL_NAMES, n=1, cutoff=0)
-        raise UserError(f"model.name {cfg.name!r} is not a network; did you mean {nearest!r}?")
+        near = difflib.get_close_matches(cfg.name.lower(), MODEL_NAMES, n=1, cutoff=0.75)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(MODEL_NAMES)}"
+        raise UserError(f"model.name {cfg.name!r} is not a network; {hint}")
     return ResNet(ARCHITECTURES[cfg.name], cfg.num_classes, cfg.stem, cfg.plain, cfg.zero_init_residual)
