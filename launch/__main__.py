@@ -68,11 +68,14 @@ def local(argv: list[str], train: Path) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.epochs=100 optim.lr=0.5")
     args = parser.parse_words(argv)
 
-    check(load_config(args.config, args.overrides), args.procs)
+    config = load_config(args.config, args.overrides)
+    check_batch(config, args.procs)
     command = build_torchrun(args.procs, args.config, args.overrides, os.environ, _cores(), train)
-    print(command, flush=True)
-    if args.dry_run:
+    if args.dry_run:  # perhaps on a machine that has not the data
+        print(command)
         return 0
+    check_data(config)
+    print(command, flush=True)
     if not train.is_file():
         raise UserError(f"{train} is missing: run `python -m launch` from a checkout of the repository")
     outcome = run(command.through_agent(), args.procs, os.environ)
@@ -81,23 +84,27 @@ def local(argv: list[str], train: Path) -> int:
     return outcome.code
 
 
-def check(config: Config, procs: int) -> None:
-    """Looks at what the workers would refuse, in the words that they would use, before any of them starts.
+def check_batch(config: Config, procs: int) -> None:
+    """Says what the workers would, in their words, before any of them starts.
 
     Raises:
-        UserError: more processes than images in a batch, or a batch larger than the data set.
+        UserError: more processes than images in a batch.
     """
-    batch, synthetic = config.train.global_batch, config.data.synthetic
+    batch = config.train.global_batch
     if procs > batch:
         raise UserError(f"train.global_batch {batch} is smaller than the {procs} processes: raise it, or start fewer")
-    if config.data.loader == "synthetic":
-        if batch > synthetic.train:
-            raise UserError(
-                f"train.global_batch {batch} is larger than the training set of {synthetic.train} images: lower it"
-            )
-        return
-    look(config.data, config.model.num_classes)
-    found = count_images(config.data, SPLITS[0], batch)
+
+
+def check_data(config: Config) -> None:
+    """Looks at the data's folders, and counts images until there are enough for one batch.
+
+    Raises:
+        UserError: the data is not there or does not fit together, or a batch is larger than the data set.
+    """
+    batch, found = config.train.global_batch, config.data.synthetic.train
+    if config.data.loader != "synthetic":
+        look(config.data, config.model.num_classes)
+        found = count_images(config.data, SPLITS[0], batch)
     if found < batch:
         raise UserError(f"train.global_batch {batch} is larger than the training set of {found} images: lower it")
 

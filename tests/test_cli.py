@@ -411,7 +411,7 @@ def test_numbers_are_decimal(write: Write) -> None:
             "schedule.milestones takes a list of numbers: schedule.milestones=[30,60,80], got ",
         ),
         ("trace=maybe", "trace takes true or false, got 'maybe'"),
-        ("train.precision=FP8", "train.precision takes bf16, fp16 or fp32, got 'FP8'"),
+        ("train.precision=FP8", "train.precision takes bf16, fp16, tf32 or fp32, got 'FP8'"),
         ("model.stem=big", "model.stem takes imagenet, small or null, got 'big'"),
         ("optim.name=adamw", "optim.name takes sgd, got 'adamw'"),
         ("train.steps=0", "train.steps takes a whole number above 0 or null, got 0"),

@@ -101,7 +101,7 @@ def launched(folder: Path, plan: str, *words: str) -> Iterator[subprocess.Popen[
     """``python -m launch local --procs 2`` with the stand-in for train.py."""
     script, config = folder / "train.py", folder / "config.yaml"
     script.write_text(STAND_IN)
-    config.write_text("run:\n  name: stand-in\n")
+    config.write_text("run: {name: stand-in}\ndata: {loader: synthetic}\n")
     try:
         with started(
             *("-c", LAUNCH, str(script), "local", "--procs", "2", "--config", str(config), *words),
@@ -253,6 +253,28 @@ def test_a_wrong_configuration_starts_nothing(
     assert part in err
 
 
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["data.root=/nope"], "no data at /nope/train"),
+        (["model.num_classes=7"], "model.num_classes is 7, but"),
+        (["train.global_batch=1"], "train.global_batch 1 is smaller than the 2 processes"),
+        (["train.global_batch=9000"], "train.global_batch 9000 is larger than the training set of 8000 images"),
+        (["data.loader=synthetic", "data.synthetic.train=3"], "larger than the training set of 3 images"),
+    ],
+)
+def test_wrong_data_or_batch_starts_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], words: list[str], part: str
+) -> None:
+    argv = ["local", "--procs", "2", "--config", str(ROOT / "configs" / "quickstart.yaml"), *words]
+    assert main(argv, tmp_path / "no train.py") == USER_ERROR
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert part in err
+
+
 def test_the_default_configuration_stands_beside_the_code(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,7 +321,7 @@ def test_what_torchrun_refuses_is_one_line() -> None:
 
 def test_a_missing_train_py_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "c.yaml"
-    config.write_text("")
+    config.write_text("data: {loader: synthetic}")
     assert main(["local", "--procs", "1", "--config", str(config)], tmp_path / "train.py") == USER_ERROR
     assert "train.py is missing" in capfd.readouterr().err
 

@@ -60,7 +60,7 @@ def _rank(folder: Path, rank: int, world: int, body: Callable[..., Any], args: t
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     runtime = Runtime(rank, world, rank, world, torch.device("cpu"), dist.new_group(backend="gloo"))
     torch.save(body(runtime, *args), folder / f"{rank}.pt")
-    runtime.close()
+    dist.destroy_process_group()
 
 
 # A small run
