@@ -118,8 +118,10 @@ class Checkpointer:
                 probe.unlink(missing_ok=True)
             free = shutil.disk_usage(folder).free
         except OSError as error:
+            _remove_empty(folder)
             raise UserError(f"cannot write checkpoints to {folder}: {error.strerror}: set run.dir") from None
         if free < needed:
+            _remove_empty(folder)
             raise UserError(
                 f"{folder} has room for {free / 1e6:.0f} MB, and one checkpoint takes about {needed / 1e6:.0f} MB: "
                 "make room, or set run.dir"
@@ -240,6 +242,11 @@ class _Summed:
             self.error = error
             raise
         self._sum = zlib.crc32(data, self._sum)
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _to_host(value: Any) -> Any:

@@ -83,8 +83,8 @@ class Lease:
         try:
             self._made = [path for path in (self._folder, *self._folder.parents) if not path.exists()]
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._mine.write_text(json.dumps(asdict(self._me)) + "\n", encoding="utf-8")
             try:
+                self._mine.write_text(json.dumps(asdict(self._me)) + "\n", encoding="utf-8")
                 while not self._taken():
                     holder = _read(self._path)
                     if holder is not None and self._lives(holder, notify, stop):

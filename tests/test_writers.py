@@ -58,10 +58,16 @@ def test_a_second_run_in_a_folder_is_refused_and_the_first_goes_on(tmp_path: Pat
     assert not (folder / "writer.json").exists()
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    runs.train(1, folder, *SYNTHETIC)
+    return folder
+
+
 @pytest.mark.parametrize("where", ["here", "elsewhere", "elsewhere and heard a moment ago"])
-def test_a_killed_holders_folder_is_taken_over(tmp_path: Path, where: str) -> None:
-    reference, folder = tmp_path / "reference", tmp_path / "run"
-    runs.train(1, reference, *SYNTHETIC)
+def test_a_killed_holders_folder_is_taken_over(tmp_path: Path, undisturbed: Path, where: str) -> None:
+    folder = tmp_path / "run"
     process = runs.begin(1, folder, *SYNTHETIC)
     runs.wait_until(lambda: runs.steps_traced(folder) >= 13, process)
     runs.kill_group(process)
@@ -74,7 +80,7 @@ def test_a_killed_holders_folder_is_taken_over(tmp_path: Path, where: str) -> No
     assert "taking over" in printed
     assert ("looking whether it lives" in printed) == ("moment" in where)
     assert steps_logged(folder) == list(range(1, 61))
-    assert runs.digest(folder) == runs.digest(reference)
+    assert runs.digest(folder) == runs.digest(undisturbed)
 
 
 def test_a_holder_that_comes_back_after_it_was_replaced_writes_nothing_more(tmp_path: Path) -> None:
