@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,20 @@ def write_photographs(base: Path) -> Path:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(data)
     return base
+
+
+def corruptions() -> dict[str, bytes]:
+    rng = np.random.default_rng(5)
+    photo = photograph(rng)
+    jpeg, png = encoded(photo), encoded(photo, "PNG")
+    return {
+        "truncated": jpeg[: len(jpeg) * 2 // 3],
+        "garbage": rng.integers(0, 256, 4000, dtype=np.uint8).tobytes(),
+        "empty": b"",
+        "text": b"this is no image\n" * 40,
+        "header only": jpeg[:700],
+        "png": png[:3000] + b"\0" * 200 + png[3200:],  # torchvision's own PNG decoder dies of this one
+    }
 
 
 def files(root: Path, split: str = "train") -> list[Path]:
@@ -127,3 +142,9 @@ def reference(index: Index, read: int, cfg: DataConfig, seed: int, epoch: int, p
         image, *crop_boxes(uniform, size, cfg.scale, cfg.ratio)[0].tolist(), [cfg.size] * 2, antialias=True
     )
     return F.horizontal_flip(image) if flips(uniform, cfg.flip)[0] else image
+
+
+def entries(path: Path, split: str) -> list[dict[str, Any]]:
+    """The lines of a ``bad_samples.jsonl`` about a split."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [row for row in rows if row["split"] == split]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import io
 import zlib
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ SIXTEEN_BITS = ("PNG", "PPM")  # whose "I" is 16-bit grey; elsewhere it is 32-bi
 
 SOF = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive: the Huffman-coded lossy kinds
 PLAIN_IDS = (b"\x01\x02\x03", b"\x00\x01\x02")  # Y, Cb, Cr; "RGB" says what it means
+BETWEEN_SCANS = b"\xc4\xda\xdb\xdd\xfe"  # of a progressive JPEG: tables, the next scan, comments
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -61,27 +63,42 @@ def to_ppm(image: torch.Tensor) -> np.ndarray:
 
 
 def plain_shape(encoded: bytes) -> tuple[int, int] | None:
-    """Height and width of a picture that all decoders read alike, from its header; None for every other."""
-    return jpeg_shape(encoded) or png_shape(encoded)
+    """Height and width of a picture that all decoders read alike; None for every other. About 30 µs for a JPEG."""
+    header = _jpeg_header(encoded)
+    if header is None:
+        return png_shape(encoded)
+    return header.shape if _clean_scans(encoded, header) else None
 
 
 def jpeg_shape(encoded: bytes) -> tuple[int, int] | None:
-    """Height and width of a JPEG on which all decoders agree, else None.
+    """Height and width of a JPEG whose kind all decoders read alike, from its header, else None. About 3 µs.
 
     That is: Huffman-coded, not lossless, 8 bits, grey or YCbCr, nothing odd between its segments, and an end of image
-    behind the first scan (a truncated one has none). About 5 µs.
+    behind the first scan (a truncated one has none).
     """
+    header = _jpeg_header(encoded)
+    return header.shape if header else None
+
+
+class _Header(NamedTuple):
+    shape: tuple[int, int]
+    progressive: bool
+    scan: int  # where the first scan begins
+
+
+def _jpeg_header(encoded: bytes) -> _Header | None:
     if encoded[:2] != b"\xff\xd8":
         return None
-    at, shape, components, adobe = 2, None, b"", 1
+    at, frame, shape, components, adobe = 2, 0, (0, 0), b"", 1
     try:
         while (marker := encoded[at + 1]) != 0xDA:
             length = encoded[at + 2] << 8 | encoded[at + 3]
             if encoded[at] != 0xFF or marker < 0xC0 or length < 2:
                 return None
             if marker in SOF:
-                if shape or encoded[at + 4] != 8:
+                if frame or encoded[at + 4] != 8:
                     return None
+                frame = marker
                 shape = encoded[at + 5] << 8 | encoded[at + 6], encoded[at + 7] << 8 | encoded[at + 8]
                 components = encoded[at + 10 : at + 2 + length : 3]
             elif marker == 0xEE and encoded[at + 4 : at + 9] == b"Adobe":
@@ -92,9 +109,19 @@ def jpeg_shape(encoded: bytes) -> tuple[int, int] | None:
     except IndexError:
         return None
     colours = len(components) == 1 or (components in PLAIN_IDS and adobe == 1)
-    if encoded[at] != 0xFF or not colours or encoded.rfind(b"\xff\xd9", at) < 0:
-        return None
-    return shape if shape and 0 < shape[0] * shape[1] <= MOST_PIXELS else None
+    whole = encoded[at] == 0xFF and encoded.rfind(b"\xff\xd9", at) >= 0
+    return _Header(shape, frame == 0xC2, at) if colours and whole and 0 < shape[0] * shape[1] <= MOST_PIXELS else None
+
+
+def _clean_scans(encoded: bytes, header: _Header) -> bool:
+    """Whether no marker stands in a JPEG's scans that does not belong there: at one, not all decoders give up.
+
+    What else is wrong with a scan is a warning to all of them.
+    """
+    data = np.frombuffer(encoded, dtype=np.uint8)[header.scan + 2 :]
+    kinds = data[1:][data[:-1] == 0xFF]
+    markers = kinds[(kinds != 0) & (kinds != 0xFF) & ((kinds < 0xD0) | (kinds > 0xD7))].tobytes()  # no restarts
+    return not markers.partition(b"\xd9")[0].strip(BETWEEN_SCANS if header.progressive else b"")
 
 
 def png_shape(encoded: bytes) -> tuple[int, int] | None:
