@@ -76,7 +76,7 @@ class Waiting:
                 return answer.get(timeout=LOOK)
             except queue.Empty:
                 self._check()
-        return "no answer"
+        return ""
 
     def _sleep(self, seconds: float) -> None:
         until = time.monotonic() + seconds

@@ -213,6 +213,7 @@ class WorkerLoader:
             dataset,
             sampler=_Steps(items),
             batch_size=None,  # an item is a batch already
+            collate_fn=_as_it_is,
             num_workers=workers,
             prefetch_factor=ahead if workers else None,
             pin_memory=self._device.type == "cuda",
@@ -265,6 +266,10 @@ def _share(images: torch.Tensor, labels: torch.Tensor) -> tuple[Any, Any]:
         return images.share_memory_(), labels.share_memory_()
     except (RuntimeError, OSError):
         return images.permute(0, 2, 3, 1).numpy(), labels.numpy()
+
+
+def _as_it_is(item: Any) -> Any:
+    return item  # torch's own function would make tensors of arrays
 
 
 def _begin(unwanted: Connection, worker: int) -> None:
