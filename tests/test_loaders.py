@@ -241,6 +241,31 @@ def test_the_gpu_decoder_needs_a_gpu(small: DataConfig) -> None:
         assert Opened("dali", small.model_copy(update={"decoder": decoder})).loader._decoder == {"device": "cpu"}  # type: ignore[attr-defined]
 
 
+@needs_dali
+def test_the_decoder_is_given_what_suits_it() -> None:
+    from distrib.data.dali import decoder_arguments
+
+    cfg = DataConfig(hw_decoder_load=0.8, preallocate=(5980, 6430))
+    assert decoder_arguments(cfg, on_gpu=False) == {"device": "cpu"}
+    assert decoder_arguments(cfg, on_gpu=True) == {
+        "device": "mixed",
+        "hw_decoder_load": 0.8,
+        "preallocate_width_hint": 5980,
+        "preallocate_height_hint": 6430,
+        "jpeg_fancy_upsampling": True,
+    }
+    assert decoder_arguments(cfg.model_copy(update={"decoder": "cpu"}), on_gpu=True) == {"device": "cpu"}
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_workers_follow_the_cores(small: DataConfig, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distrib.data.usable_cores", lambda: 12)
+    indexes = open_data(small, CLASSES)
+    for asked, ranks, expected in ((None, 1, 12), (None, 5, 2), (None, 16, 1), (3, 16, 3)):
+        cfg = small.model_copy(update={"loader": kind, "workers": asked})
+        assert build_loader(cfg, indexes, CLASSES, CPU, local_ranks=ranks)._workers == expected  # type: ignore[attr-defined]
+
+
 def test_synthetic_batches() -> None:
     cfg = DataConfig(loader="synthetic", size=32, eval_size=24, eval_batch=40)
     loader = build_loader(cfg, open_data(cfg, 10), 10, CPU)
