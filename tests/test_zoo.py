@@ -204,7 +204,7 @@ def menagerie(tmp_path_factory: pytest.TempPathFactory) -> tuple[DataConfig, lis
 def test_verdicts_and_pixels_agree(
     menagerie: tuple[DataConfig, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(index_module, "_size", lambda path: (0, 0), raising=False)  # opens FIFOs, and is not asked
+    monkeypatch.setattr(index_module, "_size", lambda path: (0, 0), raising=False)  # this index would open FIFOs
     cfg, all_names = menagerie
     paths = [tmp_path / kind for kind in ("dali", "torchvision")]
     both = [Opened(path.name, cfg, bad=path, classes=2) for path in paths]
