@@ -288,7 +288,17 @@ def build(config: Config, place: Place, leaving: contextlib.ExitStack) -> Run:
             "raise them, or choose another run.name"
         )
 
-    loader = build_loader(config.data, indexes, config.model.num_classes, device, folder.bad_samples, warn)
+    loader = build_loader(
+        config.data,
+        indexes,
+        config.model.num_classes,
+        device,
+        folder.bad_samples,
+        warn,
+        notify_once=say_once,
+        stop=STOP.requested,
+        local_ranks=runtime.local_world,
+    )
 
     # What the user may have got wrong has been looked at: from here on the run folder is written to.
     state_bytes = (3 if config.ema else 2) * sum(4 * p.numel() for p in network.parameters())  # momentum, EMA

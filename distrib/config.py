@@ -31,6 +31,7 @@ def _not_empty(text: str) -> str:
 Text = Annotated[str, AfterValidator(_not_empty), Field(description="text that is not empty")]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Pair = Annotated[tuple[float, float], Field(strict=False)]
+Size = Annotated[tuple[PositiveInt, PositiveInt], Field(strict=False)]
 Triple = Annotated[tuple[float, float, float], Field(strict=False)]
 
 
@@ -87,9 +88,13 @@ class DataConfig(Part):
     eval_resize: PositiveInt = 256
     eval_size: PositiveInt = 224
     eval_batch: PositiveInt = 256  # images that one rank evaluates at once; part of what makes results repeat
-    workers: NonNegativeInt = 8  # decoding threads (DALI) or processes (torchvision; 0: none), for each rank
+    # Decoding threads (DALI) or processes (torchvision; 0: none), for each rank; null: its share of the cores.
+    workers: NonNegativeInt | None = None
     prefetch: PositiveInt = 3  # batches decoded ahead
+    wait_minutes: NonNegativeFloat = 10  # for images that cannot be read for the moment; then the run ends
     decoder: Literal["auto", "cpu", "mixed"] = "auto"  # DALI only: mixed decodes JPEGs on the GPU
+    hw_decoder_load: Fraction = 0.65  # mixed only: the part of the JPEGs that the GPU's own decoder circuit gets
+    preallocate: Size | None = None  # mixed only: [width, height] of the largest JPEGs, to reserve memory for them
     scale: Pair = (0.08, 1.0)
     ratio: Pair = (3 / 4, 4 / 3)
     flip: Fraction = 0.5

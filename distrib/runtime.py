@@ -18,11 +18,13 @@ import torch.distributed as dist
 from distrib.config import UserError
 from distrib.faults import Interrupted, StopSignals
 from distrib.place import Place
+from distrib.surroundings import usable_cores
 
 T = TypeVar("T")
 
 # Rank 0 may index a data set of millions of files, or write a large checkpoint, while the others wait.
 CONTROL_TIMEOUT = timedelta(hours=2)
+STEP_TIMEOUT = timedelta(minutes=30)  # NCCL's own 10 would end the ranks while one waits for its images
 SLOW_SECONDS = 15.0  # a wait for the other ranks that is worth a line
 
 
@@ -166,7 +168,7 @@ def start(place: Place = Place(), stop: StopSignals | None = None) -> Runtime:  
         device = torch.device("cpu")
         # torchrun sets OMP_NUM_THREADS=1 where nobody set it; on a CPU run that would leave cores idle.
         if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
-            torch.set_num_threads(max(1, _cores() // local_world))
+            torch.set_num_threads(max(1, usable_cores() // local_world))
     control = None
     if place.master is not None:
         host, port = place.master
@@ -176,7 +178,7 @@ def start(place: Place = Place(), stop: StopSignals | None = None) -> Runtime:  
         try:
             leaving = stop.leaving_at_once(meeting) if stop is not None else contextlib.nullcontext()
             with leaving, _told_when_slow(f"rank {rank} waits for {meeting}"):
-                dist.init_process_group(backend, rank=rank, world_size=world, device_id=device_id)
+                dist.init_process_group(backend, rank=rank, world_size=world, device_id=device_id, timeout=STEP_TIMEOUT)
                 control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
         except RuntimeError as error:  # torch's own kinds for a store and for sockets are RuntimeErrors
             raise UserError(
@@ -194,10 +196,6 @@ def leave() -> None:
     """
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager

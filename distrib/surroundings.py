@@ -70,6 +70,11 @@ def check_limits() -> None:
         raise UserError(f"only {soft} files may be open at once: raise the limit (ulimit -n 4096)", everywhere=False)
 
 
+def usable_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class ForgivingStream:
     """A standard stream whose end may go away: a closed terminal, ``| head``. Training goes on in silence.
 

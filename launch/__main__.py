@@ -17,6 +17,7 @@ from types import FrameType
 from distrib.cli import DEFAULT_CONFIG, Parser, load_config
 from distrib.config import Config, UserError
 from distrib.layout import SPLITS, count_images, look
+from distrib.surroundings import usable_cores
 from launch.command import (
     EXIT_CODE_FILE,
     SIGNALS,
@@ -70,7 +71,7 @@ def local(argv: list[str], train: Path) -> int:
 
     config = load_config(args.config, args.overrides)
     check_batch(config, args.procs)
-    command = build_torchrun(args.procs, args.config, args.overrides, os.environ, _cores(), train)
+    command = build_torchrun(args.procs, args.config, args.overrides, os.environ, usable_cores(), train)
     if args.dry_run:  # perhaps on a machine that has not the data
         print(command)
         return 0
@@ -186,10 +187,6 @@ def _end_with_us() -> Callable[[], None] | None:
 
 def _say(line: str) -> None:
     os.write(2, f"{line}\n".encode())  # print is not safe in a signal handler
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _positive(text: str) -> int:

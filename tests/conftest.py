@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from distrib.config import DataConfig
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -44,3 +46,19 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip(f"only root may mount a small disk: {error}")
     yield place
     subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders 444 and 420 of ``loading.write_photographs``; not to be changed."""
+    import loading
+
+    return loading.write_photographs(tmp_path_factory.mktemp("photographs"))
+
+
+@pytest.fixture(scope="session")
+def small(photographs: Path) -> DataConfig:
+    """Small crops of the photographs: for tests in which the pixels' quality plays no part."""
+    import loading
+
+    return loading.config(photographs / "444", size=64, eval_resize=72, eval_size=64)

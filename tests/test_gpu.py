@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from test_step import CLASSES as FEW_CLASSES
 from test_step import norm_net, run_ranks
 from torch import nn
@@ -142,6 +143,24 @@ def test_dali_decodes_on_the_gpu_what_torchvision_decodes(tmp_path: Path) -> Non
         # Decoders round and smooth the colours' half resolution differently; another crop or flip differs by 30.
         difference = (ours.images.float() - reference.images.float()).abs().mean(dim=(1, 2, 3))
         assert difference.max() < 5, difference
+
+
+def test_the_gpus_decoder_makes_chroma_as_libjpeg_does(tmp_path: Path) -> None:
+    """Without its fancy upsampling, edges of colour are off by tens."""
+    pixels = torch.zeros(240, 240, 3, dtype=torch.uint8)
+    pixels[:, 121:, 0] = pixels[121:, :, 2] = 255  # edges inside a chroma sample
+    for split in ("train", "val"):
+        (tmp_path / split / "squares").mkdir(parents=True)
+        file = tmp_path / split / "squares" / "0.jpg"
+        Image.fromarray(pixels.numpy()).save(file, quality=95, subsampling=2)
+    config = {"root": str(tmp_path), "eval_resize": 240, "eval_size": 240, "eval_batch": 1, "workers": 1}
+    indexes = open_index(tmp_path, "train", str(tmp_path)), open_index(tmp_path, "val", str(tmp_path))
+    batches = []
+    for name in ("dali", "torchvision"):
+        loader = build_loader(DataConfig.model_validate({**config, "loader": name}), indexes, 1, DEVICE)
+        batches += list(loader.evaluate(EvalPlan(1, 1)))
+    difference = (batches[0].images.int() - batches[1].images.int()).abs()
+    assert difference.max() <= 8, difference.max()
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

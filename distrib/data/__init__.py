@@ -14,7 +14,9 @@ from distrib.data.loader import Batch, Loader
 from distrib.data.order import EvalPlan, TrainPlan
 from distrib.data.quarantine import Quarantine
 from distrib.data.synthetic import SyntheticLoader
+from distrib.data.waiting import Waiting
 from distrib.layout import SAMPLE, SPLITS, data_root, look
+from distrib.surroundings import usable_cores
 
 __all__ = ["Batch", "EvalPlan", "Index", "Loader", "TrainPlan", "build_loader", "open_data"]
 
@@ -53,22 +55,36 @@ def build_loader(
     device: torch.device,
     bad_samples: Path | None = None,
     notify: Callable[[str], None] = lambda text: None,
+    *,
+    notify_once: Callable[[str], None] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    local_ranks: int = 1,
 ) -> Loader:
-    """The loader that ``cfg.loader`` names; without DALI on this machine, torchvision's, and a word about it."""
+    """The loader that ``cfg.loader`` names; without DALI on this machine, torchvision's, and a word about it.
+
+    Args:
+        notify_once: told what all ranks would say alike.
+        stop: whether somebody asked to stop; looked at while images do not come.
+        local_ranks: how many share this machine's cores.
+    """
     if indexes is None:
         return SyntheticLoader(cfg, classes, device)
-    train, val = indexes
-    bad = Quarantine("train", len(train), bad_samples, notify), Quarantine("val", len(val), bad_samples, notify)
+    once = notify_once or notify
+    workers = max(1, usable_cores() // local_ranks) if cfg.workers is None else cfg.workers
+    train, val = (
+        (index, Quarantine(split, index, bad_samples, notify, once), Waiting(index, cfg.wait_minutes, stop, notify))
+        for split, index in zip(("train", "val"), indexes, strict=True)
+    )
     if cfg.loader == "dali":
         try:
             from distrib.data.dali import DaliLoader
 
-            return DaliLoader(cfg, train, val, device, bad)
+            return DaliLoader(cfg, workers, device, train, val)
         except ImportError as error:
-            notify(
+            once(
                 f"nvidia.dali cannot be imported ({error}; pip install 'distrib[cuda13]' or '[cuda12]', Linux only): "
                 "loading with torchvision's worker processes, the same batches but slower"
             )
     from distrib.data.workers import WorkerLoader
 
-    return WorkerLoader(cfg, train, val, device, bad)
+    return WorkerLoader(cfg, workers, device, train, val, notify)

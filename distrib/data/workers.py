@@ -5,129 +5,145 @@ It runs wherever torch runs, and it is the yardstick that the DALI loader's pixe
 
 from __future__ import annotations
 
+import multiprocessing
+import multiprocessing.connection
+import os
 import signal
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from multiprocessing import util
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.io import ImageReadMode, decode_image, read_file
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision.transforms.v2 import functional as F
 
 from distrib.config import DataConfig
+from distrib.data.decode import ContentError, decode, jpeg_shape
 from distrib.data.draws import crop_boxes, draws, flips
+from distrib.data.fetch import Bad, Fetcher
+from distrib.data.files import Encoded, Outage
 from distrib.data.index import Index
 from distrib.data.loader import Batch
-from distrib.data.order import EvalPlan, Slice, TrainPlan
+from distrib.data.order import EvalPlan, Ids, Slice, TrainPlan
 from distrib.data.quarantine import Quarantine
+from distrib.data.waiting import Waiting
 from distrib.faults import STOP_SIGNALS
 
-JPEG = b"\xff\xd8"  # how a JPEG file begins
+TIME_OUT = 1  # seconds after which torch's loader lets us look around
+GRACE = 2.0  # seconds that a worker has to end by itself once it is no longer wanted
 
-Bad = list[tuple[int, str]]  # samples that could not be read, and why
-
-
-def decode(path: Path, size: Sequence[int]) -> torch.Tensor:
-    """Decodes a file to uint8 RGB [3, height, width] without applying its EXIF rotation, as ImageNet's labels assume.
-
-    Raises:
-        RuntimeError, OSError: the file cannot be read, or its size is not ``size`` (height, width).
-    """
-    if min(size) == 0:
-        raise RuntimeError("its header cannot be read")
-    encoded = read_file(str(path))
-    try:
-        if bytes(encoded[:2].numpy()) != JPEG:  # only those: torchvision's PNG decoder crashes on some corrupt files
-            raise RuntimeError("not a JPEG")
-        image = decode_image(encoded, mode=ImageReadMode.RGB)
-    except RuntimeError:  # PIL reads the other formats, and JPEGs of colour spaces that libjpeg does not convert
-        image = _decode_with_pil(path)
-    if tuple(image.shape[1:]) != tuple(int(side) for side in size):
-        raise RuntimeError(f"it is {image.shape[2]}×{image.shape[1]} now, the index says {size[1]}×{size[0]}")
-    return image
+Row = tuple[int, int, Encoded]  # row of a slice, the sample that was read for it, its file
 
 
-def _decode_with_pil(path: Path) -> torch.Tensor:
-    try:
-        with Image.open(path) as picture:
-            if picture.mode.startswith("I;16"):  # 16-bit grey, whose values `convert` would cut off at 255
-                pixels = (np.asarray(picture) >> 8).astype(np.uint8)[..., None].repeat(3, axis=2)
-            else:
-                pixels = np.array(picture.convert("RGB"))
-    except Exception as error:  # a broken file makes PIL raise almost anything: SyntaxError, DecompressionBombError …
-        raise RuntimeError(_first_line(error)) from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+class _Item(NamedTuple):
+    """A slice from a worker. Tensors travel in shared memory, numpy arrays (images [n, size, size, 3]) in a pipe."""
+
+    images: torch.Tensor | npt.NDArray[np.uint8]
+    labels: torch.Tensor | npt.NDArray[np.int64]
+    part: Slice
+    bad: list[Bad]
 
 
-class _TrainSlices(Dataset[Any]):
+class _Slices(Dataset[Any]):
     """Item k is a whole slice of the plan; workers compute order and draws themselves, only k travels to them."""
 
-    def __init__(self, index: Index, plan: TrainPlan, cfg: DataConfig, bad: set[int]) -> None:
-        self._index, self._plan, self._cfg, self._bad = index, plan, cfg, bad
+    size: int
 
-    def __getitem__(self, item: int) -> tuple[torch.Tensor, torch.Tensor, Slice, Bad]:
+    def __init__(self, index: Index, cfg: DataConfig, bad: set[int]) -> None:
+        self._index, self._cfg = index, cfg
+        self._fetcher = Fetcher(index, bad)
+
+    def __getitem__(self, item: int) -> _Item | Outage:
+        part, bad = self.part(item), list[Bad]()
+        images = torch.zeros((len(part.ids), self.size, self.size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+        ids = part.ids.copy()
+        todo = dict(enumerate(part.ids.tolist()))
+        try:
+            while todo:
+                rows, todo = self._fetcher.fetch(todo, bad), {}
+                transform = self.transform(part, rows)
+                for row, sample, encoded in rows:
+                    try:
+                        if encoded.problem:
+                            raise ContentError(encoded.problem)
+                        images[row] = transform(row, decode(encoded.data))
+                        ids[row] = sample
+                    except ContentError as error:
+                        self._fetcher.refuse(sample, encoded, error, bad)
+                        todo[row] = sample
+        except Outage as outage:
+            return outage  # as a result: what is raised in a worker comes wrapped in its traceback
+        labels = torch.from_numpy(self.labels(part, ids).astype(np.int64))
+        return _Item(*_share(images, labels), part, bad)
+
+    def part(self, item: int) -> Slice:
+        """The slice of an item."""
+        raise NotImplementedError
+
+    def transform(self, part: Slice, rows: list[Row]) -> Callable[[int, torch.Tensor], torch.Tensor]:
+        """What makes the picture of a row, uint8 [3, height, width], into one of the batch."""
+        raise NotImplementedError
+
+    def labels(self, part: Slice, read: Ids) -> npt.NDArray[Any]:
+        """The labels for a slice, of which the samples ``read`` were read."""
+        raise NotImplementedError
+
+
+class _TrainSlices(_Slices):
+    def __init__(self, plan: TrainPlan, *args: Any) -> None:
+        super().__init__(*args)
+        self._plan, self.size = plan, self._cfg.size
+
+    def part(self, item: int) -> Slice:
         step, k = divmod(item, self._plan.accumulation)
-        part = self._plan.slices(step)[k]
+        return self._plan.slices(step)[k]
+
+    def transform(self, part: Slice, rows: list[Row]) -> Callable[[int, torch.Tensor], torch.Tensor]:
+        cfg = self._cfg
         uniform = draws(self._plan.seed, part.epoch, part.positions)
-        mirrored = flips(uniform, self._cfg.flip)
-        size, count = self._cfg.size, len(part.ids)
-        images = torch.empty((count, size, size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
-        labels = torch.empty(count, dtype=torch.int64)
-        boxes = crop_boxes(uniform, self._index.sizes[part.ids], self._cfg.scale, self._cfg.ratio)
-        bad: Bad = []
-        for row, sample in enumerate(part.ids.tolist()):
-            image, read = self._read(sample, bad)
-            if image is None:
-                break  # not one can be read: the quarantine stops the run when it gets this list
-            if read != sample:
-                shape = self._index.sizes[read : read + 1]
-                boxes[row] = crop_boxes(uniform[row : row + 1], shape, self._cfg.scale, self._cfg.ratio)[0]
-            top, left, height, width = boxes[row].tolist()
-            image = F.resized_crop(image, top, left, height, width, [size, size], antialias=True)
-            images[row] = F.horizontal_flip(image) if mirrored[row] else image
-            labels[row] = int(self._index.labels[read])
-        return images, labels, part, bad
+        mirrored = flips(uniform, cfg.flip)
+        # A box costs a twentieth of a decoded image when it is made alone, and nothing to speak of with the others.
+        shapes = [(row, shape) for row, _, encoded in rows if (shape := jpeg_shape(encoded.data))]
+        known = [row for row, _ in shapes]
+        sizes = np.array([shape for _, shape in shapes], dtype=np.int64).reshape(-1, 2)
+        boxes = dict(zip(known, crop_boxes(uniform[known], sizes, cfg.scale, cfg.ratio).tolist(), strict=True))
 
-    def _read(self, sample: int, bad: Bad) -> tuple[torch.Tensor | None, int]:
-        """The sample, or the first good one after it, as Quarantine.replace does; None where there is no good one."""
-        for _ in range(len(self._index)):
-            if sample not in self._bad:
-                try:
-                    return decode(self._index.path(sample), self._index.sizes[sample]), sample
-                except (RuntimeError, OSError) as error:
-                    bad.append((sample, _first_line(error)))
-                    self._bad.add(sample)
-            sample = (sample + 1) % len(self._index)
-        return None, sample
+        def transform(row: int, image: torch.Tensor) -> torch.Tensor:
+            if row not in boxes:
+                size = np.array([image.shape[1:]])
+                boxes[row] = crop_boxes(uniform[row : row + 1], size, cfg.scale, cfg.ratio)[0].tolist()
+            image = F.resized_crop(image, *boxes[row], [cfg.size, cfg.size], antialias=True)
+            return F.horizontal_flip(image) if mirrored[row] else image
+
+        return transform
+
+    def labels(self, part: Slice, read: Ids) -> npt.NDArray[Any]:
+        return self._index.labels[read]
 
 
-class _EvalSlices(Dataset[Any]):
-    """Item k is the k-th batch of this rank's share."""
-
-    def __init__(self, index: Index, plan: EvalPlan, cfg: DataConfig) -> None:
-        self._index, self._slices, self._cfg = index, plan.slices(), cfg
+class _EvalSlices(_Slices):
+    def __init__(self, plan: EvalPlan, *args: Any) -> None:
+        super().__init__(*args)
+        self._slices, self.size = plan.slices(), self._cfg.eval_size
 
     def __len__(self) -> int:
         return len(self._slices)
 
-    def __getitem__(self, item: int) -> tuple[torch.Tensor, torch.Tensor, Slice, Bad]:
-        part, size = self._slices[item], self._cfg.eval_size
-        images = torch.zeros((len(part.ids), size, size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
-        labels = torch.from_numpy(self._index.labels[part.ids].astype(np.int64))
-        bad: Bad = []
-        for row, sample in enumerate(part.ids.tolist()):
-            try:
-                image = decode(self._index.path(sample), self._index.sizes[sample])
-            except (RuntimeError, OSError) as error:
-                bad.append((sample, _first_line(error)))
-                labels[row] = -1
-                continue
-            image = F.resize(image, [self._cfg.eval_resize], antialias=True)
-            images[row] = F.center_crop(image, [size, size])
-        return images, labels, part, bad
+    def part(self, item: int) -> Slice:
+        return self._slices[item]
+
+    def transform(self, part: Slice, rows: list[Row]) -> Callable[[int, torch.Tensor], torch.Tensor]:
+        resize, crop = [self._cfg.eval_resize], [self.size, self.size]
+        return lambda row, image: F.center_crop(F.resize(image, resize, antialias=True), crop)
+
+    def labels(self, part: Slice, read: Ids) -> npt.NDArray[Any]:
+        return np.where(read == part.ids, self._index.labels[part.ids], -1)
 
 
 class _Steps(Sampler[int]):
@@ -144,50 +160,128 @@ class _Steps(Sampler[int]):
 
 
 class WorkerLoader:
-    """Decodes on the host, ``cfg.workers`` processes a rank; 0 decodes in this one."""
+    """Decodes on the host, ``workers`` processes a rank; 0 decodes in this one."""
 
     def __init__(
-        self, cfg: DataConfig, train: Index, val: Index, device: torch.device, bad: tuple[Quarantine, Quarantine]
+        self,
+        cfg: DataConfig,
+        workers: int,
+        device: torch.device,
+        train: tuple[Index, Quarantine, Waiting],
+        val: tuple[Index, Quarantine, Waiting],
+        notify: Callable[[str], None],
     ) -> None:
-        self._cfg, self._train, self._val, self._device = cfg, train, val, device
-        self._bad_train, self._bad_val = bad
+        self._cfg, self._workers, self._device = cfg, workers, device
+        self._train, self._val, self._notify = train, val, notify
+        self._told_of_memory = False
 
     def train(self, plan: TrainPlan, first: int, last: int) -> Iterator[Batch]:
         """The batches of steps first … last - 1."""
-        dataset = _TrainSlices(self._train, plan, self._cfg, self._bad_train.known())
+        index, bad, waiting = self._train
         items = range(first * plan.accumulation, last * plan.accumulation)
-        return self._batches(dataset, _Steps(items), self._bad_train, self._train)
+        return self._batches(lambda: _TrainSlices(plan, index, self._cfg, bad.known()), items, bad, waiting)
 
     def evaluate(self, plan: EvalPlan) -> Iterator[Batch]:
         """The batches of this rank's share of the validation images."""
-        dataset = _EvalSlices(self._val, plan, self._cfg)
-        return self._batches(dataset, _Steps(range(len(dataset))), self._bad_val, self._val)
+        index, bad, waiting = self._val
+        items = range(len(plan.slices()))
+        return self._batches(lambda: _EvalSlices(plan, index, self._cfg, bad.known()), items, bad, waiting)
 
-    def _batches(self, dataset: Dataset[Any], items: _Steps, bad: Quarantine, index: Index) -> Iterator[Batch]:
-        workers = min(self._cfg.workers, len(items))
+    def _batches(
+        self, dataset: Callable[[], _Slices], items: range, bad: Quarantine, waiting: Waiting
+    ) -> Iterator[Batch]:
+        while items:
+            for item in self._items(dataset(), items, waiting):
+                if isinstance(item, Outage):
+                    waiting.outlast(item)
+                    break  # and on from this item, with new workers
+                for each in item.bad:
+                    bad.add(each)
+                items = items[1:]
+                images, labels = self._received(item)
+                images = images.to(self._device, non_blocking=True)
+                yield Batch(images, labels.to(self._device, non_blocking=True), item.part.ids)
+
+    def _items(self, dataset: _Slices, items: range, waiting: Waiting) -> Iterator[_Item | Outage]:
+        workers = min(self._workers, len(items))
         # Items a worker holds. With one, it would idle from when that is done until the others' turns have passed.
         ahead = max(2, -(-self._cfg.prefetch // max(1, workers)))
+        unwanted, end = multiprocessing.Pipe(duplex=False)
+        # At the end of the process too, before multiprocessing waits there for the workers.
+        close = util.Finalize(None, end.send_bytes, args=(b"end",), exitpriority=0)
         loader = DataLoader(
             dataset,
-            sampler=items,
+            sampler=_Steps(items),
             batch_size=None,  # an item is a batch already
+            collate_fn=_as_it_is,
             num_workers=workers,
             prefetch_factor=ahead if workers else None,
             pin_memory=self._device.type == "cuda",
-            worker_init_fn=_ignore_stop_signals,
+            worker_init_fn=partial(_begin, unwanted),
+            timeout=TIME_OUT if workers else 0,
         )
-        for images, labels, part, found in loader:
-            for sample, reason in found:
-                bad.add(sample, index.path(sample), reason)
-            images = images.to(self._device, non_blocking=True)
-            yield Batch(images, labels.to(self._device, non_blocking=True), part.ids)
+        iterator = iter(loader)
+        try:
+            while (item := _next(iterator, waiting.watch())) is not None:
+                yield item
+        finally:
+            close()
+            del iterator  # ends the workers
+
+    def _received(self, item: _Item) -> tuple[torch.Tensor, torch.Tensor]:
+        images, labels = item.images, item.labels
+        if isinstance(images, np.ndarray) and not self._told_of_memory:
+            self._told_of_memory = True
+            self._notify(
+                "/dev/shm is full: batches come from the workers by a slower way (give the container more, with "
+                "docker run --shm-size=1g or --ipc=host, or lower data.workers)"
+            )
+        if isinstance(images, np.ndarray):
+            images = torch.from_numpy(images).permute(0, 3, 1, 2)
+        return images, torch.from_numpy(labels) if isinstance(labels, np.ndarray) else labels
 
 
-def _ignore_stop_signals(worker: int) -> None:
+def _next(iterator: Iterator[Any], look: Callable[[], None]) -> _Item | Outage | None:
+    """The next item, None behind the last; ``look`` is called about once a second until it is there."""
+    while True:
+        try:
+            return next(iterator, None)
+        except RuntimeError as error:
+            # Torch's loader can be asked again after its time-out. At each it has looked at the workers' health, but
+            # not at that of its own thread.
+            thread: threading.Thread | None = getattr(iterator, "_pin_memory_thread", None)
+            if not str(error).startswith("DataLoader timed out") or (thread and not thread.is_alive()):
+                raise
+            look()
+
+
+def _share(images: torch.Tensor, labels: torch.Tensor) -> tuple[Any, Any]:
+    """Puts a worker's batch into shared memory here, where its lack is noticed, or else into numpy arrays.
+
+    Torch would do so on a thread of the queue's, where an error is printed and the batch is lost.
+    """
+    if get_worker_info() is None:
+        return images, labels
+    try:
+        return images.share_memory_(), labels.share_memory_()
+    except (RuntimeError, OSError):
+        return images.permute(0, 2, 3, 1).numpy(), labels.numpy()
+
+
+def _as_it_is(item: Any) -> Any:
+    return item  # torch's own function would make tensors of arrays
+
+
+def _begin(unwanted: Connection, worker: int) -> None:
     # torchrun and Slurm signal the whole process group; the rank finishes its step and needs its workers for it.
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_in_time, args=(unwanted,), daemon=True).start()
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _end_in_time(unwanted: Connection) -> None:
+    """Ends a worker that nobody wants any more and that hangs, as in a read from a dead network disk."""
+    parent = multiprocessing.parent_process()
+    multiprocessing.connection.wait([unwanted, *([parent.sentinel] if parent else [])])
+    time.sleep(GRACE)
+    os._exit(0)

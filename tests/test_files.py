@@ -1,0 +1,395 @@
+"""Disks that fail for a while, files that come and go, and loaders that end in time."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gc
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from loading import DEPRECATED, IMAGES, LOADERS, Opened, corruptions, entries, files, reference, same
+
+from distrib.config import DataConfig, UserError
+from distrib.data import Batch, DataUnavailable, EvalPlan, TrainPlan, waiting, workers
+from distrib.data import files as files_module
+from distrib.data.fetch import Bad
+from distrib.data.files import Outage, Retry, probe, read, read_all
+from distrib.data.quarantine import Quarantine, find
+from distrib.faults import Interrupted
+
+pytestmark = [DEPRECATED, pytest.mark.usefixtures("one_thread")]
+
+SHORT = Retry(first=0.01, longest=0.05, bound=0.1)
+
+
+@pytest.fixture
+def own(photographs: Path, small: DataConfig, tmp_path: Path) -> DataConfig:
+    """The photographs in a folder that the test may change."""
+    shutil.copytree(photographs / "444", tmp_path / "own")
+    return small.model_copy(update={"root": str(tmp_path / "own")})
+
+
+def stream(opened: Opened, split: str) -> Iterator[Batch]:
+    if split == "train":
+        return opened.loader.train(TrainPlan(IMAGES, 8, 3), 0, 16)
+    return opened.loader.evaluate(EvalPlan(IMAGES, 8))
+
+
+@contextlib.contextmanager
+def away(folder: Path, seconds: float) -> Iterator[None]:
+    """Takes a folder away and brings it back."""
+    hidden = folder.with_name("away")
+    folder.rename(hidden)
+    timer = threading.Timer(seconds, hidden.rename, [folder])
+    timer.start()
+    yield
+    timer.join()
+
+
+# Outages.
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("kind", LOADERS)
+def test_half_a_second_without_the_folder(own: DataConfig, tmp_path: Path, kind: str, split: str) -> None:
+    undisturbed = list(stream(Opened(kind, own), split))
+    opened = Opened(kind, own, bad=tmp_path / "bad.jsonl", workers=1)
+    batches = stream(opened, split)
+    first = next(batches)
+    with away(opened.index.root.with_name(split), 0.5):
+        assert same([first, *batches], undisturbed)
+    assert opened.said == []
+    assert not (tmp_path / "bad.jsonl").exists()
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("kind", LOADERS)
+def test_an_outage_is_waited_for(
+    own: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, split: str
+) -> None:
+    undisturbed = list(stream(Opened(kind, own), split))
+    monkeypatch.setattr(files_module, "RETRY", SHORT)
+    opened = Opened(kind, own, bad=tmp_path / "bad.jsonl", workers=1)
+    batches = stream(opened, split)
+    first = next(batches)
+    root = opened.index.root.with_name(split)
+    with away(root, 1.0):
+        assert same([first, *batches], undisturbed)
+    assert opened.said[0] == f"cannot read {root}: No such file or directory; waiting, up to 10 minutes"
+    assert opened.said[1] == f"{root} can be read again; going on"
+    assert not (tmp_path / "bad.jsonl").exists()
+
+
+@pytest.mark.parametrize("minutes", [0, 0.005])
+@pytest.mark.parametrize("kind", LOADERS)
+def test_an_outage_that_lasts_ends_the_run(
+    own: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, minutes: float
+) -> None:
+    monkeypatch.setattr(files_module, "RETRY", SHORT)
+    cfg = own.model_copy(update={"wait_minutes": minutes})
+    opened = Opened(kind, cfg, bad=tmp_path / "bad.jsonl", workers=1)
+    opened.index.root.rename(tmp_path / "gone")
+    with pytest.raises(DataUnavailable, match=r"own/train: No such file .* the same command continues") as caught:
+        list(stream(opened, "train"))
+    assert "\n" not in str(caught.value)
+    assert not isinstance(caught.value, UserError)
+    assert len(opened.said) == (minutes > 0)
+    assert not (tmp_path / "bad.jsonl").exists()
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_a_request_to_stop_ends_the_wait(
+    own: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(files_module, "RETRY", SHORT)
+    stopping = threading.Event()
+    opened = Opened(kind, own, workers=1, stop=stopping.is_set)
+    opened.index.root.rename(tmp_path / "gone")
+    timer = threading.Timer(0.5, stopping.set)
+    timer.start()
+    with pytest.raises(Interrupted):
+        list(stream(opened, "train"))
+    timer.join()
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_a_read_that_hangs_is_told_and_ends_with_a_request(
+    own: DataConfig, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """A dead network disk neither answers nor fails. Nobody who hangs in it keeps the process from going on."""
+    hangs = os.fsencode(files(Path(own.root))[40])
+    monkeypatch.setattr(files_module, "read", lambda path: time.sleep(3600) if path == hangs else read(path))
+    monkeypatch.setattr(waiting, "LONG", 0.1)
+    monkeypatch.setattr(waiting, "SHORT", 0.1)
+    monkeypatch.setattr(waiting, "LOOK", 0.05)
+    monkeypatch.setattr(workers, "GRACE", 0.1)
+    opened = Opened(kind, own, workers=1, stop=lambda: len(opened.said) > 0)
+    with pytest.raises(Interrupted):
+        list(stream(opened, "train"))
+    assert "reading" in opened.said[0]
+    gc.collect()
+    deadline = time.monotonic() + 20
+    while multiprocessing.active_children() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_a_request_to_stop_cuts_no_short_wait(own: DataConfig, kind: str) -> None:
+    """It is the loop's to heed, which saves."""
+    opened = Opened(kind, own, workers=1, stop=lambda: True)
+    assert len(list(stream(opened, "val"))) == 8
+
+
+def test_too_many_open_files_is_no_files_fault(own: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = Opened("torchvision", own).index
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) // 4, hard))
+    try:
+        with pytest.raises(Outage, match="Too many open files"):
+            list(read_all(index, {0: 3}, SHORT))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_probe_weighs_half_of_the_others(own: DataConfig) -> None:
+    index = Opened("torchvision", own).index
+    assert probe(index) is None
+    names = files(index.root.parent)
+    for name in names[: IMAGES // 3]:
+        name.unlink()
+    assert probe(index) is None
+    for name in names[IMAGES // 3 : IMAGES * 2 // 3]:
+        name.unlink()
+    assert probe(index) == "No such file or directory"
+    assert probe(index, set(range(IMAGES))) == ""  # nobody else to ask
+
+
+def test_reading_waits_for_nothing(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    (tmp_path / "sparse").touch()
+    os.truncate(tmp_path / "sparse", 1 << 40)
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for name in ("fifo", "zero", "sparse", "."):
+        assert read(os.fsencode(tmp_path / name)).problem, name
+    (tmp_path / "file").write_bytes(b"abc")
+    assert read(os.fsencode(tmp_path / "file"))[:2] == (b"abc", 3)
+    with pytest.raises(FileNotFoundError):
+        read(os.fsencode(tmp_path / "dangling"))
+
+
+# Single files that come, go and change.
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_one_deleted_file_is_lost_for_this_start(
+    own: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(files_module, "RETRY", SHORT)
+    path = tmp_path / "bad.jsonl"
+    whole = Opened(kind, own).train(0, 4)
+    opened = Opened(kind, own, bad=path, workers=1)
+    file = opened.index.path(9)
+    file.rename(tmp_path / "aside")
+    batches = opened.train(0, 4)
+    assert sorted(int(k) for batch in batches for k in batch.ids) == list(range(IMAGES))
+    assert opened.said == [f"cannot read {file}: No such file or directory; replaced in this start"]
+    (entry,) = entries(path, "train")
+    assert (entry["file"], entry["kind"]) == (str(file.relative_to(opened.index.root)), "read")
+    (tmp_path / "aside").rename(file)
+    again = Opened(kind, own, bad=path)
+    assert same(again.train(0, 4), whole)
+    assert again.said == []
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_many_deleted_files_end_the_run(own: DataConfig, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(files_module, "RETRY", SHORT)
+    opened = Opened(kind, own, workers=1)
+    for file in files(Path(own.root))[:12]:
+        file.unlink()
+    with pytest.raises(DataUnavailable, match=r"11 of 64 images in .*own/train cannot be read .*continues from"):
+        opened.train(0, 4)
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_a_file_replaced_in_place(own: DataConfig, photographs: Path, kind: str) -> None:
+    opened = Opened(kind, own)
+    files(Path(own.root))[9].write_bytes(files(photographs / "420")[20].read_bytes())  # of another size
+    for part, batch in zip(TrainPlan(IMAGES, 16, 3).stream(0, 4), opened.train(0, 4), strict=True):
+        for position, sample, image in zip(part.positions, part.ids.tolist(), batch.images, strict=True):
+            if sample == 9:
+                expected = reference(opened.index, 9, own, 3, 0, position)
+                assert (image.int() - expected.int()).abs().float().mean() < 0.5
+    assert opened.said == []
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_a_file_mended_between_two_starts(own: DataConfig, tmp_path: Path, kind: str) -> None:
+    path, file = tmp_path / "bad.jsonl", files(Path(own.root))[9]
+    whole, good = Opened(kind, own).train(0, 4), file.read_bytes()
+    file.write_bytes(corruptions()["truncated"])
+    first = Opened(kind, own, bad=path)
+    first.train(0, 4)
+    assert len(first.said) == 1
+    file.write_bytes(good)
+    again = Opened(kind, own, bad=path)
+    assert same(again.train(0, 4), whole)
+    assert again.said == []
+
+
+# What is remembered.
+
+
+def test_the_quarantine_is_shared_by_ranks_and_bound_to_files(own: DataConfig, tmp_path: Path) -> None:
+    index, path, said = Opened("torchvision", own).index, tmp_path / "bad.jsonl", list[str]()
+
+    def verdict(sample: int) -> Bad:
+        status = index.path(sample).stat()
+        return Bad(sample, "decode", "why", status.st_size, status.st_mtime_ns)
+
+    first, second = (Quarantine("train", index, path, said.append) for _ in range(2))
+    first.add(verdict(3))
+    second.add(verdict(3))
+    second.add(Bad(5, "read", "Input/output error"))
+    Quarantine("val", index, path, said.append).add(verdict(4))
+    assert [first.known(), second.known()] == [{3}, {3, 5}]
+    assert len(said) == 3
+    with path.open("a") as lines:
+        lines.write('{"split": "train", "i')  # torn by a kill
+    first.add(verdict(7))
+    assert Quarantine("train", index, path).known() == {3, 7}
+    os.utime(index.path(3), (1, 1))
+    index.path(7).unlink()
+    said.clear()
+    once: list[str] = []
+    assert Quarantine("train", index, path, said.append, once.append).known() == set()
+    assert said == []
+    assert once == [f"{path}: 1 lines are not of this version's kind and are passed over"]
+
+
+def test_a_list_that_somebody_edited(own: DataConfig, tmp_path: Path) -> None:
+    index, path = Opened("torchvision", own).index, tmp_path / "bad.jsonl"
+    status = index.path(3).stat()
+    good = {"split": "train", "file": str(index.path(3)), "bytes": status.st_size, "mtime_ns": status.st_mtime_ns,
+            "kind": "decode", "reason": "why"}  # fmt: skip
+    strange = [
+        {"split": "train", "id": 3, "file": str(index.path(3)), "reason": "of an earlier version"},
+        {**good, "file": 3}, {**good, "bytes": "many"}, [], 7, None, {"split": ["train"]},
+    ]  # fmt: skip
+    unknown = [{**good, "file": name} for name in ("class0", "../../etc/passwd", "", "\0", "\ud800", "class9/x.jpg")]
+    lines = [json.dumps(entry) for entry in (*strange, *unknown, good)] + ["", "no JSON", "\x80"]
+    path.write_bytes("\n".join(lines).encode("utf-8", "surrogateescape") + b"\n\xff\xfe\n")
+    said: list[str] = []
+    assert Quarantine("train", index, path, said.append).known() == {3}
+    assert said == [f"{path}: {len(strange) + 3 - 1} lines are not of this version's kind and are passed over"]
+
+
+def test_a_name_that_is_no_text(own: DataConfig, tmp_path: Path) -> None:
+    name = os.fsencode(Path(own.root)) + b"/train/class0/\xff\xfe.jpg"
+    Path(os.fsdecode(name)).write_bytes(b"")
+    opened = Opened("torchvision", own, bad=tmp_path / "bad.jsonl")
+    opened.train(0, 4)
+    (said,) = opened.said
+    assert "class0/\\xff\\xfe.jpg: it is empty" in said
+    said.encode()
+    again = Quarantine("train", opened.index, tmp_path / "bad.jsonl")
+    (sample,) = again.known()
+    assert opened.index.encoded_path(sample) == name
+    assert find(opened.index, os.fsdecode(name)) == sample
+
+
+def test_a_disk_without_room_for_the_list(own: DataConfig, tmp_path: Path) -> None:
+    index, said, path = Opened("torchvision", own).index, list[str](), tmp_path / "run" / "bad.jsonl"
+    quarantine = Quarantine("train", index, path, said.append)
+    for sample in (1, 2):
+        quarantine.add(Bad(sample, "read", "why"))
+    assert sum("cannot write" in line for line in said) == 1
+    path.parent.mkdir()
+    quarantine.add(Bad(3, "read", "why"))
+    assert [row["file"] for row in entries(path, "train")] == [
+        str(index.path(k).relative_to(index.root)) for k in (1, 2, 3)
+    ]
+
+
+# Processes and threads.
+
+
+def test_a_killed_worker_is_an_error(own: DataConfig) -> None:
+    batches = stream(Opened("torchvision", own, workers=1), "train")
+    next(batches)
+    for child in multiprocessing.active_children():
+        os.kill(child.pid or 0, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match=r"killed by signal|exited unexpectedly"):
+        list(batches)
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_threads_and_processes_end_with_their_iterator(own: DataConfig, kind: str) -> None:
+    before = threading.active_count()
+    batches = stream(Opened(kind, own, workers=2), "train")
+    next(batches)
+    del batches
+    gc.collect()
+    deadline = time.monotonic() + 10
+    while (threading.active_count() > before or multiprocessing.active_children()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert threading.active_count() <= before
+    assert not multiprocessing.active_children()
+
+
+SMALL_MEMORY = """
+import sys, warnings
+warnings.filterwarnings("ignore")
+import torch
+from distrib.config import DataConfig
+from distrib.data import TrainPlan, build_loader, open_data
+torch.set_num_threads(1)
+cfg = DataConfig(root=sys.argv[1], loader="torchvision", size=224, workers=1, prefetch=2)
+said, batches = [], {}
+indexes = open_data(cfg, 4)
+for workers in (1, 0):
+    now = cfg.model_copy(update={"workers": workers})
+    loader = build_loader(now, indexes, 4, torch.device("cpu"), None, said.append)
+    batches[workers] = list(loader.train(TrainPlan(64, 64, 3), 0, 3))
+assert len(batches[1]) == 3
+for ours, theirs in zip(batches[1], batches[0]):
+    assert torch.equal(ours.images, theirs.images) and torch.equal(ours.labels, theirs.labels)
+    assert ours.images.is_contiguous(memory_format=torch.channels_last)
+print(said)
+"""
+
+
+def test_dockers_small_shared_memory(own: DataConfig, repository: Path) -> None:
+    """A batch of 9 MB, and 4 MB of /dev/shm."""
+    alone = ["unshare", "--mount", "--map-root-user"] if os.getuid() else ["unshare", "--mount"]
+    mount = "mount -t tmpfs -o size=4m tmpfs /dev/shm"
+    if subprocess.run([*alone, "sh", "-c", mount], capture_output=True, check=False).returncode:
+        pytest.skip("needs a mount namespace of its own, which this system does not give")
+    done = subprocess.run(
+        [*alone, "sh", "-c", f'{mount} && exec "$0" "$@"', sys.executable, "-c", SMALL_MEMORY, own.root],
+        env=os.environ | {"PYTHONPATH": str(repository)}, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("/dev/shm is full") == 1
+    assert "--shm-size=1g" in done.stdout
+
+
+def test_errors_of_the_system_are_told_in_its_words() -> None:
+    error = OSError(errno.EIO, os.strerror(errno.EIO), "/a/file")
+    assert files_module.first_line(error) == "Input/output error"
+    assert files_module.first_line(ValueError("\n\n one\ntwo")) == "one"
+    assert files_module.first_line(ValueError()) == "ValueError"
