@@ -17,7 +17,6 @@ from loading import DEPRECATED, Opened, config, encoded, needs_dali, photograph
 from PIL import Image, features
 
 from distrib.config import DataConfig
-from distrib.data import index as index_module
 from distrib.data.decode import ContentError, decode, jpeg_shape, plain_shape
 
 pytestmark = [DEPRECATED, pytest.mark.usefixtures("one_thread")]
