@@ -16,8 +16,10 @@ INSTALLED := $(VENV)/.installed
 train: setup
 	$(BIN)/python train.py --config configs/quickstart.yaml
 
+# Two at a time, each file in one process: most tests wait for processes that they start. One thread each, or
+# OpenMP's would wait for each other.
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: setup
 	$(BIN)/ruff check .

@@ -18,6 +18,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -119,7 +121,7 @@ class Run:
             if progress.step % config.log.every_steps == 0:
                 self.log_records(meter.close_interval(progress.step, lr))
 
-            stopping, save = agreement.exchange(stop=STOP.received is not None, save=timer.due)
+            stopping, save = agreement.exchange(stop=STOP.requested(), save=timer.due)
             if self.eval_due() and not stopping:
                 self.log_records(meter.flush(progress.step, lr))
                 stopping = not self.evaluate(agreement)
@@ -170,7 +172,8 @@ class Run:
                 f"{STOP.received}: this rank's data did not come for step {self.progress.step + 1}, so the ranks could "
                 "not save; the same command continues from the newest checkpoint"
             )
-        self.flush_and_save(meter, lr)
+        if self.unsaved:
+            self.flush_and_save(meter, lr)
         return True
 
     def flush_and_save(self, meter: TrainMeter, lr: float) -> None:
@@ -203,7 +206,10 @@ class Run:
         """Waits for the last save, writes the summary, and returns the exit code. Rank 0 only."""
         progress = self.progress
         assert self.checkpointer is not None
+        assert self.lease is not None
         saved = self.checkpointer.wait()
+        self.lease.held()
+        self.lease.check()
         if self.unsaved and saved != progress.step:
             self.log.message(f"step {progress.step} could not be saved; the newest checkpoint is older", "error")
             return FAILED
@@ -277,16 +283,7 @@ def build(config: Config, place: Place, leaving: contextlib.ExitStack) -> Run:
     lease = runtime.on_main_only(lambda: Lease(folder.path).acquire(say, STOP.requested))
     if lease is not None:
         leaving.callback(lease.release)
-    newest = runtime.on_main(lambda: checkpoint.newest_valid(folder.checkpoints, warn))
-    saved = checkpoint.load(newest) if newest else None
-    if saved and newest:
-        check_resumable(saved, config, data, newest, log.message)
-    progress = Progress(**saved["progress"]) if saved else Progress()
-    if progress.step > total_steps:
-        raise UserError(
-            f"train.epochs or train.steps ask for {total_steps} steps, but {newest} has {progress.step} already: "
-            "raise them, or choose another run.name"
-        )
+    newest, saved, progress = find_progress(runtime, folder, config, data, total_steps, log)
 
     loader = build_loader(
         config.data,
@@ -310,17 +307,10 @@ def build(config: Config, place: Place, leaving: contextlib.ExitStack) -> Run:
     runtime.barrier()  # the traces are cut; the ranks may open them
 
     lr = peak_lr(config.optim, plan.global_batch)
-    log.message(
-        f"{config.model.name}, {sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters; "
-        f"{runtime.world} × {device.type}, {precision}"
-        + (f" ({config.train.precision} is not for this processor)" if precision != config.train.precision else "")
-        + f", channels-last{', compiled' if config.train.compile else ''}"
-        + (", deterministic" if config.train.deterministic else "")
-    )
-    log.message(
-        f"global batch {plan.global_batch}: {runtime.world} × {plan.accumulation} forwards of at most "
-        f"{plan.largest_slice}; learning rate {lr:g}; {plan.steps_per_epoch} steps an epoch, {total_steps} in all"
-    )
+    for line in resolved(
+        config, runtime, plan, precision, lr, sum(p.numel() for p in network.parameters()), total_steps
+    ):
+        log.message(line)
 
     smoothing = config.train.label_smoothing
     objective = Objective(network, config.data.mean, config.data.std, DTYPES[precision], smoothing).to(device)
@@ -353,6 +343,42 @@ def build(config: Config, place: Place, leaving: contextlib.ExitStack) -> Run:
         total_steps=total_steps,
         data=data,
         progress=progress,
+    )
+
+
+def find_progress(
+    runtime: Runtime, folder: RunFolder, config: Config, data: str, total_steps: int, log: Log
+) -> tuple[Path | None, dict[str, Any] | None, Progress]:
+    """The newest valid checkpoint, what it holds, and where the run is; None and None where there is none.
+
+    Raises:
+        UserError: it is another run's, or has more steps than are asked for.
+    """
+    newest = runtime.on_main(lambda: checkpoint.newest_valid(folder.checkpoints, log.warning))
+    if newest is None:
+        return None, None, Progress()
+    saved = checkpoint.load(newest)
+    check_resumable(saved, config, data, newest, log.message)
+    progress = Progress(**saved["progress"])
+    if progress.step > total_steps:
+        raise UserError(
+            f"train.epochs or train.steps ask for {total_steps} steps, but {newest} has {progress.step} already: "
+            "raise them, or choose another run.name"
+        )
+    return newest, saved, progress
+
+
+def resolved(
+    config: Config, runtime: Runtime, plan: TrainPlan, precision: str, lr: float, parameters: int, total_steps: int
+) -> tuple[str, str]:
+    """What follows from the configuration, in two lines."""
+    train, ranks = config.train, f"{runtime.world} × {runtime.device.type}"
+    return (
+        f"{config.model.name}, {parameters / 1e6:.2f} M parameters; {ranks}, {precision}"
+        + (f" ({train.precision} is not for this processor)" if precision != train.precision else "")
+        + f", channels-last{', compiled' if train.compile else ''}{', deterministic' if train.deterministic else ''}",
+        f"global batch {plan.global_batch}: {runtime.world} × {plan.accumulation} forwards of at most "
+        f"{plan.largest_slice}; learning rate {lr:g}; {plan.steps_per_epoch} steps an epoch, {total_steps} in all",
     )
 
 
