@@ -136,6 +136,12 @@ class Run:
             trace.close()
         return self.runtime.on_main(lambda: self.conclude(stopping, meter.images_per_second))
 
+    def close(self, code: int) -> None:
+        """Waits for the save under way, whose failure the log must still hear of, and closes the log."""
+        if self.checkpointer is not None:
+            self.checkpointer.wait()
+        self.log.close(code)
+
     def eval_due(self) -> bool:
         """Whether the weights as they are now are to be evaluated and were not."""
         every = max(1, round(self.config.train.eval_every_epochs * self.plan.steps_per_epoch))
@@ -258,7 +264,7 @@ def build(config: Config, place: Place, leaving: contextlib.ExitStack) -> Run:
 
     What must be let go of, however the run ends, goes to ``leaving``.
     """
-    runtime = start(place, STOP)
+    runtime = start(place, STOP, config.data.wait_minutes)
     device, precision = runtime.device, effective_precision(config.train.precision, runtime.device)
     set_up_device(device, precision, config.train.deterministic)
     say = partial(print, file=sys.stdout if runtime.is_main else sys.stderr, flush=True)
@@ -284,17 +290,19 @@ def build(config: Config, place: Place, leaving: contextlib.ExitStack) -> Run:
     if lease is not None:
         leaving.callback(lease.release)
     newest, saved, progress = find_progress(runtime, folder, config, data, total_steps, log)
-
-    loader = build_loader(
-        config.data,
-        indexes,
-        config.model.num_classes,
-        device,
-        folder.bad_samples,
-        warn,
-        notify_once=say_once,
-        stop=STOP.requested,
-        local_ranks=runtime.local_world,
+    loader = runtime.on_each(
+        lambda: build_loader(
+            config.data,
+            indexes,
+            config.model.num_classes,
+            device,
+            folder.bad_samples,
+            warn,
+            notify_once=say_once,
+            stop=STOP.requested,
+            ranks=runtime.world,
+            local_ranks=runtime.local_world,
+        )
     )
 
     # What the user may have got wrong has been looked at: from here on the run folder is written to.
@@ -357,7 +365,7 @@ def find_progress(
     newest = runtime.on_main(lambda: checkpoint.newest_valid(folder.checkpoints, log.warning))
     if newest is None:
         return None, None, Progress()
-    saved = checkpoint.load(newest)
+    saved = runtime.on_each(lambda: checkpoint.load(newest))
     check_resumable(saved, config, data, newest, log.message)
     progress = Progress(**saved["progress"])
     if progress.step > total_steps:
@@ -458,14 +466,16 @@ def train(config: Config, place: Place) -> int:
             run = build(config, place, leaving)
         except Interrupted:
             if place.rank == 0:
-                print(f"{STOP.received}: stopped before the first step; the same command starts again")
+                print(
+                    f"{STOP.received or 'another rank'}: stopped before the first step; the same command starts again"
+                )
             leave()
             return STOPPED
         code = FAILED
         try:
             code = run.loop()
         finally:
-            run.log.close(code)
+            run.close(code)
     leave()
     if run.last_words:
         print(run.last_words, flush=True)

@@ -21,6 +21,7 @@ from typing import IO, Any, cast
 import torch
 
 from distrib.config import UserError
+from distrib.layout.folders import patiently
 
 PATTERN = re.compile(r"^step_(\d{8,})\.pt$")
 TEMPORARY = ".partial"
@@ -42,26 +43,40 @@ def steps_in(folder: Path) -> list[int]:
 
 
 def verify(path: Path) -> str | None:
-    """Reads the whole file against its checksum; returns what is wrong with it, or None."""
+    """Reads the whole file against its checksum; returns what is wrong with it, or None.
+
+    Raises:
+        OSError: it cannot be read now, which says nothing about it.
+    """
     try:
         with path.open("rb") as file:
             left, found = max(0, os.fstat(file.fileno()).st_size - DIGITS), 0
             while left and (part := file.read(min(left, 1 << 20))):
                 found, left = zlib.crc32(part, found), left - len(part)
             written = file.read()
-    except OSError as error:
-        return error.strerror or str(error)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        return error.strerror
     return None if b"%08x" % found == written else "it does not match its checksum"
 
 
 def newest_valid(folder: Path, notify: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that verifies; says which newer ones it passed over and why."""
-    for step in steps_in(folder):
-        path = path_for(folder, step)
-        fault = verify(path)
-        if fault is None:
-            return path
-        notify(f"checkpoint {path} is damaged and passed over: {fault}")
+    """The newest checkpoint that verifies; says which newer ones it passed over and why.
+
+    Raises:
+        UserError: one cannot be read, perhaps only now: to go on from an older one would lose what it holds.
+    """
+    path = folder
+    try:
+        for step in patiently(steps_in, folder):
+            path = path_for(folder, step)
+            fault = patiently(verify, path)
+            if fault is None:
+                return path
+            notify(f"checkpoint {path} is damaged and passed over: {fault}")
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path}: {error.strerror}: start again when it can be read, or move it away"
+        ) from None
     return None
 
 
@@ -107,7 +122,7 @@ class Checkpointer:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for left in folder.glob(f"*{TEMPORARY}"):  # a save that was killed
-                left.unlink()
+                left.unlink(missing_ok=True)
             probe = folder / f".probe.{writer}{TEMPORARY}"
             try:
                 with probe.open("wb") as file:
@@ -143,15 +158,15 @@ class Checkpointer:
                 copied.synchronize()
             path = path_for(self._folder, step)
             try:
-                if not self._owned():
-                    raise RuntimeError("another process writes this folder by now")
-                commit(snapshot, path, self._writer)
+                commit(snapshot, path, self._writer, self._owned)
                 self._saved = step
-                self._retire(step, best)
             except (OSError, RuntimeError) as error:
                 told = error.strerror if isinstance(error, OSError) else str(error)
                 reason = told.splitlines()[0] if told else type(error).__name__
                 self._notify(f"checkpoint {path} was not saved: {reason}; the run and older checkpoints go on")
+                return
+            if self._owned():
+                self._retire(step, best)
 
         self._thread = threading.Thread(target=write, name="checkpoint", daemon=False)
         self._thread.start()
@@ -167,15 +182,16 @@ class Checkpointer:
         older = [step for step in steps_in(self._folder) if step < newest]
         for step in older[self._keep - 1 :]:
             if step != best:
-                with contextlib.suppress(FileNotFoundError):
+                with contextlib.suppress(OSError):  # it stays for the next time
                     path_for(self._folder, step).unlink()
 
 
-def commit(state: dict[str, Any], path: Path, writer: str = "") -> None:
+def commit(state: dict[str, Any], path: Path, writer: str = "", owned: Callable[[], bool] = lambda: True) -> None:
     """Writes ``state`` so that ``path`` is either absent or whole, also after a power cut.
 
     Raises:
         OSError: the disk's own word for why it could not be written.
+        RuntimeError: ``owned()`` no more, when all was written.
     """
     partial = path.with_name(f"{path.name}.{writer}{TEMPORARY}")
     try:
@@ -190,6 +206,8 @@ def commit(state: dict[str, Any], path: Path, writer: str = "") -> None:
             summed.finish()
             file.flush()
             os.fsync(file.fileno())
+        if not owned():  # as late as can be: writing takes long enough for another to take the folder over
+            raise RuntimeError("the folder could not be shown to be this run's still")
         os.replace(partial, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:

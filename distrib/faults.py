@@ -54,10 +54,10 @@ class StopSignals:
     @contextlib.contextmanager
     def leaving_at_once(self, waits_for: str) -> Iterator[None]:
         """For a wait in C code before anything is trained: a stop signal ends the process there and then, with 75."""
-        if self.requested():
-            raise Interrupted
-        self._waits_for = waits_for
+        self._waits_for = waits_for  # before the look: a signal between the two must not be lost
         try:
+            if self.requested():
+                raise Interrupted
             yield
         finally:
             self._waits_for = None
@@ -130,7 +130,7 @@ def report_exit(code: int, message: str = "") -> int:
     """
     message = " ".join(message.split())
     if path := os.environ.get("DISTRIB_EXIT_CODE_FILE"):
-        with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+        with contextlib.suppress(OSError), open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{os.environ.get('RANK', 0)} {code} {message}\n")
     if code != FINISHED and (path := os.environ.get("TORCHELASTIC_ERROR_FILE")):
         words = message or ("stopped on request, everything is saved" if code == STOPPED else "failed, see above")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import platform
@@ -15,7 +14,7 @@ from typing import Any
 
 from distrib.cli import dump_config
 from distrib.config import Config, UserError
-from distrib.jsonl import dumps
+from distrib.jsonl import dumps, replace_file
 
 PACKAGES = ("distrib", "torch", "torchvision", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "wandb")
 PARTS = ("progress", "config", "data", "model", "optimizer", "statistics", "scaler")  # of each checkpoint
@@ -45,7 +44,8 @@ class RunFolder:
             f"# {', '.join(_versions())}, Python {platform.python_version()}, git {_git_revision()}",
         ]
         try:
-            _replace(self.path / "config.yaml", "\n".join([*header, dump_config(config)]))
+            text = "\n".join([*header, dump_config(config)])
+            replace_file(self.path / "config.yaml", text.encode("utf-8", "surrogateescape"))
         except OSError as error:
             raise UserError(f"cannot write to {self.path}: {error.strerror}: make room, or set run.dir") from None
 
@@ -55,7 +55,7 @@ class RunFolder:
         Raises:
             OSError: the folder cannot be written.
         """
-        _replace(self._summary, dumps(values, indent=2) + "\n")
+        replace_file(self._summary, f"{dumps(values, indent=2)}\n".encode())
 
     def summary(self) -> dict[str, Any] | None:
         """The last summary; None where there is none, or none that a run has written."""
@@ -123,17 +123,3 @@ def _git_revision() -> str:
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return revision.strip() + ("+changes" if changes.strip() else "")
-
-
-def _replace(path: Path, text: str) -> None:
-    new = path.with_name(f"{path.name}.new")
-    try:
-        with new.open("w", encoding="utf-8", errors="surrogateescape") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            new.unlink()
-        raise

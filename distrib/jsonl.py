@@ -50,8 +50,9 @@ class JsonlFile:
         try:
             if self._file is None:
                 self._file = self._open()
-                self._end = min(self._end, os.fstat(self._file).st_size)
-            if os.fstat(self._file).st_size != self._end:
+            size = os.fstat(self._file).st_size
+            self._end = min(self._end, size)  # a person may have emptied it
+            if size != self._end:
                 os.ftruncate(self._file, self._end)
             if os.write(self._file, data) < len(data):
                 raise OSError(28, "No space left on device")  # a disk that fills up takes what fits
@@ -85,12 +86,26 @@ def cut_back(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [line for line in path.read_bytes().splitlines(keepends=True) if _belongs(line, step)]
+    replace_file(path, b"".join(kept))
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Writes a file anew: the old one or the new one is there at any time, also after a power cut.
+
+    Raises:
+        OSError: it cannot be written; the old one stays.
+    """
     new = path.with_name(f"{path.name}.new")
-    with new.open("wb") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
+    try:
+        with new.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            new.unlink()
+        raise
 
 
 def _belongs(line: bytes, step: int) -> bool:

@@ -111,22 +111,24 @@ class Lease:
         heart, self._heart = self._heart, None
         if heart is None:
             return
+        ours = self.held()
         self._over.set()
         heart.join()
-        if self.held():
+        if ours:
             with contextlib.suppress(OSError):
                 self._path.unlink()
         self._unmake()
 
     def held(self) -> bool:
-        """Whether the folder is still ours; looks at the disk. True while the disk is away: nobody can tell."""
-        if self._lost is None:
-            try:
-                holder = _read(self._path)
-            except OSError:
-                return True
-            if holder is not None and holder.token != self._me.token:
-                self._lost = holder
+        """Whether the folder is ours for certain; looks at the disk. False while that is away: nobody can tell."""
+        if self._over.is_set() or self._lost is not None:
+            return False
+        try:
+            holder = _read(self._path)
+        except OSError:
+            return False
+        if holder is not None and holder.token != self._me.token:
+            self._lost = holder
         return self._lost is None
 
     def check(self) -> None:
@@ -139,9 +141,10 @@ class Lease:
             raise LeaseLost(f"{self._folder} was taken over by {self._lost}; this process writes nothing more and ends")
 
     def _beat(self) -> None:
-        while not self._over.wait(BEAT_SECONDS) and self.held():
-            with contextlib.suppress(OSError):
-                os.utime(self._path)
+        while not self._over.wait(BEAT_SECONDS) and self._lost is None:
+            if self.held():
+                with contextlib.suppress(OSError):
+                    os.utime(self._path)
 
     def _taken(self) -> bool:
         """Puts our file where there is none, whole or not at all."""

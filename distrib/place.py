@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 from distrib.config import UserError
+
+# What all tasks of one start have in common, and no other start: of Slurm and of Open MPI.
+JOB = ("SLURM_JOB_ID", "SLURM_STEP_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid")
 
 
 @dataclass(frozen=True)
@@ -23,12 +27,13 @@ class Place:
 def find_place(environ: Mapping[str, str]) -> Place:
     """Reads what torchrun, Open MPI, Slurm's srun or another MPI's launcher say, in this order.
 
-    mpirun and torchrun may run within a Slurm job, so they are asked first.
+    mpirun and torchrun may run within a Slurm job, so they are asked first. srun itself may set PMI's variables, but
+    not those by which Hydra (MPICH's and Intel's mpirun) numbers a host's ranks.
 
     Raises:
         UserError: variables that are set in part, are no numbers or contradict each other; several tasks, no rank.
     """
-    for read in (_torchrun, _open_mpi, _slurm, _pmi):
+    for read in (_torchrun, _open_mpi, _hydra, _slurm, _pmi):
         place = read(environ)
         if place is not None:
             return place
@@ -65,6 +70,10 @@ def _torchrun(environ: Mapping[str, str]) -> Place | None:
 def _open_mpi(environ: Mapping[str, str]) -> Place | None:
     ompi = "OMPI_COMM_WORLD_"
     return _of_a_launcher(environ, (f"{ompi}RANK", f"{ompi}SIZE", f"{ompi}LOCAL_RANK", f"{ompi}LOCAL_SIZE"), "mpirun")
+
+
+def _hydra(environ: Mapping[str, str]) -> Place | None:
+    return _pmi(environ) if "MPI_LOCALRANKID" in environ else None
 
 
 def _pmi(environ: Mapping[str, str]) -> Place | None:
@@ -135,11 +144,9 @@ def _master(environ: Mapping[str, str], one_host: bool = False) -> tuple[str, in
         if not 0 < port < 65536:
             raise UserError(f"MASTER_PORT is {port}, which is no port", everywhere=False)
         return host, port
-    # Steps of a job may run beside each other, jobs on one node too; ephemeral ports begin at 32768.
-    job = [
-        int(environ.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID") if environ.get(name, "0").isdecimal()
-    ]
-    return host, 20000 + sum(job) % 10000
+    # Jobs, and steps of one, may share a host. Ephemeral ports begin at 32768.
+    job = " ".join(environ.get(name, "") for name in JOB)
+    return host, 20000 + zlib.crc32(job.encode("utf-8", "replace")) % 10000
 
 
 def first_host(nodes: str) -> str:

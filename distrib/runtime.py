@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 # Rank 0 may index a data set of millions of files, or write a large checkpoint, while the others wait.
 CONTROL_TIMEOUT = timedelta(hours=2)
-STEP_TIMEOUT = timedelta(minutes=30)  # NCCL's own 10 would end the ranks while one waits for its images
+STEP_MINUTES = 30.0  # for a collective of a step, and always longer than a rank may wait for its images
 SLOW_SECONDS = 15.0  # a wait for the other ranks that is worth a line
 
 
@@ -78,15 +78,20 @@ class Runtime:
         turn = 0 if self.is_main else 1 if self.local_rank == 0 else 2
         made: list[T] = []
         for now in range(3):
-            error: Exception | None = None
-            if turn == now:
-                try:
-                    made.append(call())
-                except UserError as wrong:
-                    error = wrong if self.is_main else UserError(f"on {platform.node()}: {wrong}")
-                except Interrupted as interrupted:
-                    error = interrupted
-            self._raise_together(error)
+            self.on_each(lambda now=now: made.append(call()) if turn == now else None)  # type: ignore[misc]
+        return made[0]
+
+    def on_each(self, call: Callable[[], T]) -> T:
+        """Runs ``call`` on every rank at once; a UserError or Interrupted of any is raised on all."""
+        made: list[T] = []
+        error: Exception | None = None
+        try:
+            made.append(call())
+        except UserError as wrong:
+            error = wrong if self.is_main else UserError(f"on {platform.node()}: {wrong}")
+        except Interrupted as interrupted:
+            error = interrupted
+        self._raise_together(error)
         return made[0]
 
     def check_same(self, value: str, otherwise: str) -> None:
@@ -148,7 +153,7 @@ class Runtime:
         return torch.stack(rows)
 
 
-def start(place: Place = Place(), stop: StopSignals | None = None) -> Runtime:  # noqa: B008  a frozen value
+def start(place: Place = Place(), stop: StopSignals | None = None, wait_minutes: float = 0) -> Runtime:  # noqa: B008  a frozen value
     """Joins the run in which this process has its ``place``; the place is published as torchrun's variables.
 
     Raises:
@@ -178,7 +183,13 @@ def start(place: Place = Place(), stop: StopSignals | None = None) -> Runtime:  
         try:
             leaving = stop.leaving_at_once(meeting) if stop is not None else contextlib.nullcontext()
             with leaving, _told_when_slow(f"rank {rank} waits for {meeting}"):
-                dist.init_process_group(backend, rank=rank, world_size=world, device_id=device_id, timeout=STEP_TIMEOUT)
+                dist.init_process_group(
+                    backend,
+                    rank=rank,
+                    world_size=world,
+                    device_id=device_id,
+                    timeout=timedelta(minutes=max(STEP_MINUTES, wait_minutes + 5)),
+                )
                 control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
         except RuntimeError as error:  # torch's own kinds for a store and for sockets are RuntimeErrors
             raise UserError(

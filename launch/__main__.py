@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import io
 import os
@@ -17,7 +18,7 @@ from types import FrameType
 from distrib.cli import DEFAULT_CONFIG, Parser, load_config
 from distrib.config import Config, UserError
 from distrib.layout import SPLITS, count_images, look
-from distrib.surroundings import usable_cores
+from distrib.surroundings import ForgivingStream, settle, usable_cores
 from launch.command import (
     EXIT_CODE_FILE,
     SIGNALS,
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None, train: Path = TRAIN) -> int:
 def local(argv: list[str], train: Path) -> int:
     """Trains with torchrun on this machine."""
     # The command is printed as it is read back: a file name may hold bytes that are no text.
-    if isinstance(sys.stdout, io.TextIOWrapper):
+    if isinstance(sys.stdout, io.TextIOWrapper | ForgivingStream):
         sys.stdout.reconfigure(errors="surrogateescape")
     parser = Parser(
         prog="python -m launch local",
@@ -151,9 +152,9 @@ class _Stop:
             return
         # torchrun is told to know SIGNALS; a closed terminal's SIGHUP and a SIGQUIT mean the same as SIGTERM.
         self.asked = number if name in SIGNALS else signal.SIGTERM
-        _say(f"{name}: asking the workers to save and stop")
         if self._process is not None:
             self._send(self._process)
+        _say(f"{name}: asking the workers to save and stop")
 
     def attach(self, process: subprocess.Popen[bytes]) -> None:
         """From now on signals go to ``process``; one that came while it started goes there now."""
@@ -186,7 +187,8 @@ def _end_with_us() -> Callable[[], None] | None:
 
 
 def _say(line: str) -> None:
-    os.write(2, f"{line}\n".encode())  # print is not safe in a signal handler
+    with contextlib.suppress(OSError):  # of a closed terminal
+        os.write(2, f"{line}\n".encode())  # print is not safe in a signal handler
 
 
 def _positive(text: str) -> int:
@@ -196,4 +198,5 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
+    settle()
     sys.exit(main())

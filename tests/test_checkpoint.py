@@ -146,9 +146,9 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Writing begins when it is set."""
     opened = threading.Event()
 
-    def wait_and_commit(state: State, path: Path, writer: str) -> None:
+    def wait_and_commit(*args: Any) -> None:
         assert opened.wait(30)
-        commit(state, path, writer)
+        commit(*args)
 
     monkeypatch.setattr(checkpoint, "commit", wait_and_commit)
     yield opened
@@ -339,6 +339,51 @@ def test_a_file_that_cannot_be_read_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "step_00000001.pt").mkdir()
     assert verify(tmp_path / "step_00000001.pt") == "Is a directory"
     assert verify(tmp_path / "step_00000002.pt") == "No such file or directory"
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ESTALE])
+@pytest.mark.parametrize("what", ["verify", "steps_in"])
+def test_a_checkpoint_that_cannot_be_read_now_is_not_passed_over(
+    tmp_path: Path, notes: list[str], monkeypatch: pytest.MonkeyPatch, what: str, number: int
+) -> None:
+    """To go on from an older one would lose what it holds."""
+    for step in (1, 2):
+        commit(make_state(step), path_for(tmp_path, step))
+
+    def away(path: Path) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(checkpoint, what, away)
+    monkeypatch.setattr("distrib.layout.folders.time.sleep", lambda seconds: None)
+    with pytest.raises(UserError, match=rf"cannot read .*: {os.strerror(number)}: start again when it can be read"):
+        newest_valid(tmp_path, notes.append)
+    monkeypatch.undo()
+    assert newest_valid(tmp_path, notes.append) == path_for(tmp_path, 2)
+    assert notes == []
+
+
+def test_a_folder_that_is_lost_during_a_save_gets_no_checkpoint(tmp_path: Path, notes: list[str]) -> None:
+    """The save takes long enough for a successor to take over: nothing is committed, nothing older is deleted."""
+    ours = [True]
+
+    def owned() -> bool:
+        return ours[0]
+
+    checkpointer = Checkpointer(tmp_path, 1, notes.append, "me", owned)
+    checkpointer.save(make_state(1), 1, best=None)
+    assert checkpointer.wait() == 1
+    write = torch.save
+
+    def slow(*args: Any) -> None:
+        write(*args)
+        ours[0] = False
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "save", slow)
+        checkpointer.save(make_state(2), 2, best=None)
+        assert checkpointer.wait() == 1
+    assert sorted(files(tmp_path)) == ["step_00000001.pt"]
+    assert "could not be shown to be this run's" in notes[0]
 
 
 def test_the_newest_whole_one_is_taken_and_the_others_are_named(tmp_path: Path, notes: list[str]) -> None:

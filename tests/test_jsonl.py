@@ -84,6 +84,29 @@ def test_what_stays_lost_is_said(tmp_path: Path, said: list[str], monkeypatch: p
     assert "2 lines could not be written" in said[-1]
 
 
+def test_a_file_that_a_person_emptied(tmp_path: Path, said: list[str]) -> None:
+    file = JsonlFile(tmp_path / "m.jsonl", said.append)
+    file.append({"step": 1})
+    (tmp_path / "m.jsonl").write_bytes(b"")
+    file.append({"step": 2})
+    assert lines(tmp_path / "m.jsonl") == [{"step": 2}]
+    assert said == []
+
+
+def test_a_rewrite_that_fails_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "m.jsonl").write_bytes(b'{"step": 1}\n')
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(jsonl.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        cut_back(tmp_path / "m.jsonl", 0)
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("m.jsonl", b'{"step": 1}\n')]
+
+
 def test_the_folder_of_another_is_left_alone(tmp_path: Path, said: list[str]) -> None:
     ours = [True]
     file = JsonlFile(tmp_path / "m.jsonl", said.append, lambda: ours[0])

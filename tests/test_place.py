@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+
 import pytest
 
 from distrib.config import UserError
@@ -14,6 +16,10 @@ SRUN = {"SLURM_JOB_ID": "41", "SLURM_STEP_ID": "2", "SLURM_PROCID": "2", "SLURM_
 SRUN |= {"SLURM_NODEID": "1", "SLURM_TASKS_PER_NODE": "2,1", "SLURM_STEP_NODELIST": "gpu[07,09]"}
 MPIRUN = {f"OMPI_COMM_WORLD_{name}": "1" for name in ("RANK", "LOCAL_RANK")}
 MPIRUN |= {f"OMPI_COMM_WORLD_{name}": "2" for name in ("SIZE", "LOCAL_SIZE")}
+
+
+def port(job: str = "", step: str = "") -> int:
+    return 20000 + zlib.crc32(f"{job} {step}  ".encode()) % 10000
 
 
 def refused(environ: dict[str, str]) -> str:
@@ -32,20 +38,20 @@ def refused(environ: dict[str, str]) -> str:
         ({**TORCHRUN, **SRUN}, Place(3, 4, 1, 2, ("node0", 29400))),  # torchrun within a job
         ({**SRUN, **TORCHRUN, "SLURM_PROCID": "9"}, Place(3, 4, 1, 2, ("node0", 29400))),
         ({"RANK": "0", "WORLD_SIZE": "1"}, Place()),
-        (SRUN, Place(2, 3, 0, 1, ("gpu07", 20043))),
+        (SRUN, Place(2, 3, 0, 1, ("gpu07", port("41", "2")))),
         ({**SRUN, "MASTER_ADDR": "other", "MASTER_PORT": "7"}, Place(2, 3, 0, 1, ("other", 7))),
-        ({**SRUN, "SLURM_TASKS_PER_NODE": "1(x3)"}, Place(2, 3, 0, 1, ("gpu07", 20043))),
-        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1"}, Place(1, 2, 1, 2, ("127.0.0.1", 20000))),
+        ({**SRUN, "SLURM_TASKS_PER_NODE": "1(x3)"}, Place(2, 3, 0, 1, ("gpu07", port("41", "2")))),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1"}, Place(1, 2, 1, 2, ("127.0.0.1", port()))),
         ({"SLURM_NTASKS": "1"}, Place()),  # salloc -n 1
         ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_JOB_ID": "9", "ENVIRONMENT": "BATCH"}, Place()),
         ({**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, Place()),  # srun -n 1 in a job of three
         ({"SLURM_JOB_ID": "9"}, Place()),
-        (MPIRUN, Place(1, 2, 1, 2, ("127.0.0.1", 20000))),
-        ({**MPIRUN, "SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, Place(1, 2, 1, 2, ("127.0.0.1", 20000))),
+        (MPIRUN, Place(1, 2, 1, 2, ("127.0.0.1", port()))),
+        ({**MPIRUN, "SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, Place(1, 2, 1, 2, ("127.0.0.1", port()))),
         ({"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}, Place()),
         (
             {"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2"},
-            Place(0, 2, 0, 2, ("127.0.0.1", 20000)),
+            Place(0, 2, 0, 2, ("127.0.0.1", port())),
         ),
     ],
 )
@@ -97,6 +103,24 @@ def test_numbers_that_are_none(name: str, value: str) -> None:
 )
 def test_no_usable_rank_is_an_error(environ: dict[str, str], part: str) -> None:
     assert part in refused(environ)
+
+
+def test_hydras_ranks_within_a_slurm_job() -> None:
+    """Its proxies are srun's tasks, one a host, and their variables reach the ranks."""
+    hydra = {"PMI_RANK": "13", "PMI_SIZE": "16", "MPI_LOCALRANKID": "5", "MPI_LOCALNRANKS": "8"}
+    slurm = {**SRUN, "SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_TASKS_PER_NODE": "1(x2)"}
+    assert find_place({**slurm, **hydra}) == Place(13, 16, 5, 8, ("gpu07", port("41", "2")))
+    pmi2 = {"PMI_RANK": "1", "PMI_SIZE": "2"}  # srun's own
+    assert find_place({**slurm, **pmi2}) == Place(1, 2, 0, 1, ("gpu07", port("41", "2")))
+
+
+def test_runs_that_share_a_host_meet_at_ports_of_their_own() -> None:
+    starts = [
+        {**SRUN, "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)} for job in (41, 42, 43) for step in range(4)
+    ]
+    ports = [place.master[1] for start in starts if (place := find_place(start)).master is not None]
+    assert len(set(ports)) == len(starts)
+    assert all(20000 <= port < 30000 for port in ports)
 
 
 def test_publishes_torchruns_variables() -> None:

@@ -50,22 +50,26 @@ class Evaluator:
         began = time.monotonic()
         for name, net in self._copies.items():
             net.network.load_state_dict(weights[name])
-        # Counts are exact in float64 up to 2^53; one tensor, so one reduction.
-        sums = {name: torch.zeros(4, dtype=torch.float64, device=runtime.device) for name in self._copies}
+        # Counts are exact in float64 up to 2^53; one tensor, so one reduction. The last counts missed batches.
+        sums = {name: torch.zeros(5, dtype=torch.float64, device=runtime.device) for name in self._copies}
         for _ in range(plan.rounds):
             try:
                 batch = next(batches, None)
-            except Interrupted:  # in a wait for images; the others hear of the stop below
+            except Interrupted:  # in a wait for images
                 batch = None
+                for total in sums.values():
+                    total[-1] += 1
             if batch is not None:
                 images, labels = _fill(batch, plan.batch)
                 for name, call in self._calls.items():
-                    sums[name] += _count(call(images), labels)
+                    sums[name][:-1] += _count(call(images), labels)
             if agreement.exchange(stop=stop.received is not None)[0]:
                 return None
         result: dict[str, float] = {}
         for name, total in sums.items():
-            images_seen, top1, top5, loss = runtime.sum(total).tolist()
+            images_seen, top1, top5, loss, missed = runtime.sum(total).tolist()
+            if missed:  # the agreement on the stop comes a round later, and there may be none
+                return None
             prefix = "" if name == "model" else f"{name}_"
             result[f"{prefix}top1"] = 100 * top1 / max(images_seen, 1)
             result[f"{prefix}top5"] = 100 * top5 / max(images_seen, 1)
