@@ -16,7 +16,7 @@ from distrib.data import Batch, EvalPlan
 from distrib.engine.evaluate import Evaluator
 from distrib.engine.prepare import Objective
 from distrib.engine.state import Weights
-from distrib.faults import Agreement
+from distrib.faults import Agreement, Interrupted
 from distrib.models import build_model
 from distrib.optim import Ema
 from distrib.runtime import Runtime
@@ -67,15 +67,24 @@ class Loader:
 
 
 def evaluate(
-    runtime: Runtime, unreadable: tuple[int, ...] = (), stops: int | None = None, at: int = 3
+    runtime: Runtime,
+    unreadable: tuple[int, ...] = (),
+    stops: int | None = None,
+    at: int = 3,
+    arrives: bool = True,
 ) -> tuple[Any, int]:
-    """Evaluates; rank ``stops`` is asked to stop at its batch ``at``. Returns the result and the batches taken."""
+    """Evaluates; rank ``stops`` is asked to stop at its batch ``at``, which ``arrives`` or not.
+
+    Returns the result and the batches taken.
+    """
     objective, weights = make_parts()
     stop = SimpleNamespace(received=None)
 
     def ask(batch: int) -> None:
         if runtime.rank == stops and batch == at:
             stop.received = "SIGTERM"
+            if not arrives:
+                raise Interrupted
 
     loader, plan = Loader(unreadable, ask), EvalPlan(IMAGES, BATCH, runtime.rank, runtime.world)
     agreement = Agreement(runtime.control)
@@ -92,6 +101,8 @@ def on_rank(runtime: Runtime) -> dict[str, Any]:
     last = runtime.world - 1
     found["stopped"] = evaluate(runtime, stops=last)
     found["stopped too late"] = evaluate(runtime, stops=0, at=ROUNDS[runtime.world])
+
+    found["missed the last batch"] = evaluate(runtime, stops=0, at=ROUNDS[runtime.world], arrives=False)
 
     run = small_run(runtime)  # of another net, with each rank's own statistics
     run.train(0, 2)
@@ -179,6 +190,10 @@ def test_a_request_in_the_last_round_comes_too_late(ranks: list[dict[str, Any]])
     """The result is there by the time that all know."""
     for rank in ranks:
         assert rank["stopped too late"][0] | {"seconds": 0} == rank["all"][0] | {"seconds": 0}
+
+
+def test_a_request_in_the_last_round_without_its_batch_leaves_no_result(ranks: list[dict[str, Any]]) -> None:
+    assert [rank["missed the last batch"][0] for rank in ranks] == [None] * len(ranks)
 
 
 def test_reading_the_weights_leaves_each_ranks_own(ranks: list[dict[str, Any]]) -> None:

@@ -447,6 +447,28 @@ def test_a_closed_terminal_becomes_sigterm(tmp_path: Path, name: str) -> None:
     assert err == f"{name}: asking the workers to save and stop\n"
 
 
+def test_a_terminal_that_takes_no_words_any_more(tmp_path: Path) -> None:
+    """The request reaches the workers all the same, and their word counts."""
+    child = """if True:
+        import os, signal, sys, time
+        def stop(number, frame):
+            with open(os.environ["DISTRIB_EXIT_CODE_FILE"], "a") as file:
+                file.write("0 75")
+            sys.exit(1)
+        signal.signal(signal.SIGHUP, stop)
+        signal.signal(signal.SIGTERM, stop)
+        open(os.environ["READY"], "w").close()
+        time.sleep(60)
+    """
+    broken = "import os; ends = os.pipe(); os.close(ends[0]); os.dup2(ends[1], 2)"
+    code = f"{broken}; import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL); {RUN}"
+    with started("-c", code, child, READY=str(tmp_path / "ready")) as process:
+        wait_for(tmp_path / "ready")
+        process.send_signal(signal.SIGHUP)
+        process.communicate(timeout=60)
+    assert process.returncode == STOPPED
+
+
 def test_nohup_is_left_alone(tmp_path: Path) -> None:
     child = "import os, time; open(os.environ['READY'], 'w').close(); time.sleep(1)"
     code = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); {RUN}"
