@@ -60,7 +60,7 @@ def data_root(cfg: DataConfig) -> Path:
     Raises:
         UserError: ``cfg.root`` names no folder.
     """
-    if "${" in cfg.root or not cfg.root:
+    if "${" in cfg.root:
         raise UserError(
             f"data.root is {cfg.root!r} and that variable is not set: set IMAGENET_DIR to the folder that holds "
             "train/ and val/, or train the built-in sample: --config configs/quickstart.yaml"
