@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import errno
 import gc
+import itertools
 import json
 import multiprocessing
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -19,13 +22,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from loading import DEPRECATED, IMAGES, LOADERS, Opened, corruptions, entries, files, reference, same
+from loading import DEPRECATED, IMAGES, LOADERS, Opened, corruptions, entries, files, needs_dali, reference, same
 
 from distrib.config import DataConfig, UserError
-from distrib.data import Batch, DataUnavailable, EvalPlan, TrainPlan, waiting, workers
+from distrib.data import Batch, EvalPlan, TrainPlan, ahead, waiting, workers
 from distrib.data import files as files_module
 from distrib.data.fetch import Bad
-from distrib.data.files import Outage, Retry, probe, read, read_all
+from distrib.data.files import DataUnavailable, Outage, Retry, probe, read, read_all
 from distrib.data.quarantine import Quarantine, find
 from distrib.faults import Interrupted
 
@@ -132,7 +135,7 @@ def test_a_read_that_hangs_is_told_and_ends_with_a_request(
     hangs = os.fsencode(files(Path(own.root))[40])
     monkeypatch.setattr(files_module, "read", lambda path: time.sleep(3600) if path == hangs else read(path))
     monkeypatch.setattr(waiting, "LONG", 0.1)
-    monkeypatch.setattr(waiting, "SHORT", 0.1)
+    monkeypatch.setattr(waiting, "ALONE", 0.1)
     monkeypatch.setattr(waiting, "LOOK", 0.05)
     monkeypatch.setattr(workers, "GRACE", 0.1)
     opened = Opened(kind, own, workers=1, stop=lambda: len(opened.said) > 0)
@@ -189,6 +192,199 @@ def test_reading_waits_for_nothing(tmp_path: Path) -> None:
     assert read(os.fsencode(tmp_path / "file"))[:2] == (b"abc", 3)
     with pytest.raises(FileNotFoundError):
         read(os.fsencode(tmp_path / "dangling"))
+
+
+# Outages of a part of a split.
+
+PARTS = 10
+
+
+@pytest.fixture
+def parted(photographs: Path, small: DataConfig, tmp_path: Path) -> DataConfig:
+    """Ten classes of six photographs."""
+    for split in ("train", "val"):
+        for k, file in enumerate(files(photographs / "444", split)[: 6 * PARTS]):
+            folder = tmp_path / "parted" / split / f"class{k // 6}"
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, folder)
+    return small.model_copy(update={"root": str(tmp_path / "parted")})
+
+
+@contextlib.contextmanager
+def partly_away(root: Path, share: float, end: str, seconds: float = 0) -> Iterator[None]:
+    """Takes the class folders at one end of a split away, for so long or for the block."""
+    count = round(share * PARTS)
+    folders = sorted(root.iterdir())[:count] if end == "first" else sorted(root.iterdir())[-count:]
+    hidden = [root.parent / f"away{folder.name}" for folder in folders]
+
+    def back() -> None:
+        for there, here in zip(hidden, folders, strict=True):
+            there.rename(here)
+
+    for there, here in zip(hidden, folders, strict=True):
+        here.rename(there)
+    timer = threading.Timer(seconds, back)
+    if seconds:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.join() if seconds else back()
+
+
+def parts(opened: Opened) -> Iterator[Batch]:
+    return opened.loader.train(TrainPlan(6 * PARTS, 12, 3), 0, 5)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+@pytest.mark.parametrize("end", ["first", "last"])
+@pytest.mark.parametrize("kind", LOADERS)
+def test_a_part_that_stays_away_ends_the_run(
+    parted: DataConfig, monkeypatch: pytest.MonkeyPatch, kind: str, end: str, share: float
+) -> None:
+    """Less than half of a split is that many lost files; more is an outage, which has a bound."""
+    monkeypatch.setattr(files_module, "RETRY", Retry(first=0.005, longest=0.01, bound=0.01))
+    cfg = parted.model_copy(update={"wait_minutes": 0.01})
+    opened = Opened(kind, cfg, classes=PARTS, workers=0, stop=lambda: False)
+    lost = r"waited 0\.01 minutes" if share > 0.5 else "11 of 60 images"
+    with partly_away(opened.index.root, share, end), pytest.raises(DataUnavailable, match=lost):
+        list(parts(opened))
+    outage = f"cannot read {opened.index.root}: No such file or directory; waiting, up to 0.01 minutes"
+    assert opened.said.count(outage) == (share > 0.5)
+    assert len(opened.said) == (1 if share > 0.5 else 11)
+
+
+@pytest.mark.parametrize("share", [0.6, 0.9])
+@pytest.mark.parametrize("end", ["first", "last"])
+@pytest.mark.parametrize("kind", LOADERS)
+def test_a_part_that_comes_back_leaves_no_trace(
+    parted: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, end: str, share: float
+) -> None:
+    undisturbed = list(parts(Opened(kind, parted, classes=PARTS)))
+    monkeypatch.setattr(files_module, "RETRY", Retry(first=0.005, longest=0.01, bound=0.01))
+    opened = Opened(kind, parted, bad=tmp_path / "bad.jsonl", classes=PARTS, workers=0)
+    root = opened.index.root
+    with partly_away(root, share, end, seconds=0.4):
+        assert same(list(parts(opened)), undisturbed)
+    assert opened.said == [
+        f"cannot read {root}: No such file or directory; waiting, up to 10 minutes",
+        f"{root} can be read again; going on",
+    ]
+    assert not (tmp_path / "bad.jsonl").exists()
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_a_small_part_may_be_away_for_a_moment(parted: DataConfig, kind: str) -> None:
+    undisturbed = list(parts(Opened(kind, parted, classes=PARTS)))
+    opened = Opened(kind, parted, classes=PARTS, workers=0)
+    with partly_away(opened.index.root, 0.3, "first", seconds=0.2):
+        assert same(list(parts(opened)), undisturbed)
+    assert opened.said == []
+
+
+@pytest.mark.parametrize("end", ["first", "last"])
+def test_a_probe_is_spread_whatever_is_apart(parted: DataConfig, end: str) -> None:
+    index = Opened("torchvision", parted, classes=PARTS).index
+    for share in (0.3, 0.7):
+        with partly_away(index.root, share, end):
+            gone = [k for k in range(6 * PARTS) if not index.path(k).exists()]
+            for count in (0, 1, 5):
+                assert (probe(index, gone[:count]) is None) == (share < 0.5)
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_a_disk_that_only_seems_to_be_back_has_one_deadline(
+    parted: DataConfig, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """It answers whenever it is looked at, and fails whenever it is needed."""
+    monkeypatch.setattr(files_module, "RETRY", Retry(first=0.005, longest=0.01, bound=0.01))
+    answers = itertools.cycle(["", None])
+    monkeypatch.setattr(files_module, "lasts", lambda *_: next(answers))
+    cfg = parted.model_copy(update={"wait_minutes": 0.01})
+    opened = Opened(kind, cfg, classes=PARTS, workers=0)
+    with partly_away(opened.index.root, 0.9, "first"), pytest.raises(DataUnavailable, match="waited"):
+        list(parts(opened))
+    assert len(opened.said) == 1  # nobody was told that it is back
+
+
+def test_what_is_deleted_in_an_outage_is_lost_and_not_waited_for(
+    parted: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = Opened("torchvision", parted, classes=PARTS).index
+    with partly_away(index.root, 0.9, "first"):
+        with pytest.raises(Outage, match="No such file") as caught:
+            list(read_all(index, {0: 3, 1: 9, 2: 59}, SHORT))
+        outage = pickle.loads(pickle.dumps(caught.value))  # as a worker sends it
+        assert (str(outage), outage.samples) == ("No such file or directory", {3, 9})
+        assert files_module.lasts(index, outage) == "No such file or directory"
+    index.path(9).unlink()
+    assert files_module.lasts(index, outage) is None
+    assert isinstance(dict(read_all(index, {0: 3, 1: 9}, SHORT))[1], OSError)
+
+
+def test_no_class_is_more_than_python_3_10_allows() -> None:
+    """There a NamedTuple has no other base."""
+    sources = Path(files_module.__file__).parents[1].rglob("*.py")
+    classes = [
+        node for path in sources for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)
+    ]
+    bases = [[ast.unparse(base) for base in node.bases] for node in classes]
+    assert sum("NamedTuple" in names for names in bases) > 5
+    assert all(names == ["NamedTuple"] for names in bases if "NamedTuple" in names)
+
+
+# Batches that are late.
+
+
+class Late(ahead.Future):  # type: ignore[type-arg]
+    """The call ends in the moment in which the wait for it does."""
+
+    def result(self, timeout: float | None = None) -> object:
+        result = super().result()
+        if timeout is not None:
+            raise TimeoutError
+        return result
+
+
+@needs_dali
+def test_an_answer_at_the_last_moment_is_one(parted: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    undisturbed = list(parts(Opened("dali", parted, classes=PARTS)))
+    monkeypatch.setattr(ahead, "Future", Late)
+    assert same(list(parts(Opened("dali", parted, classes=PARTS))), undisturbed)
+
+
+@needs_dali
+def test_a_time_out_of_the_call_is_its_own(parted: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: object) -> None:
+        raise TimeoutError("the call's own")
+
+    monkeypatch.setattr(ahead, "_read", fails)
+    with pytest.raises(Exception, match="the call's own"):
+        list(parts(Opened("dali", parted, classes=PARTS)))
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_ranks_of_many_are_patient_with_a_late_batch(
+    parted: DataConfig, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Where one leaves, the others cannot save."""
+    late = os.fsencode(files(Path(parted.root))[7])
+    monkeypatch.setattr(files_module, "read", lambda path: time.sleep(0.5 * (path == late)) or read(path))
+    monkeypatch.setattr(waiting, "ALONE", 0.1)
+    monkeypatch.setattr(waiting, "LOOK", 0.05)
+    monkeypatch.setattr(workers, "TIME_OUT", 0.05)
+    many = Opened(kind, parted, classes=PARTS, workers=1, ranks=2, stop=lambda: True)
+    assert len(list(parts(many))) == 5
+    alone = Opened(kind, parted, classes=PARTS, workers=1, stop=lambda: True)
+    with pytest.raises(Interrupted):
+        list(parts(alone))
+
+
+def test_a_rank_of_many_leaves_an_outage_at_once(parted: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files_module, "RETRY", SHORT)
+    opened = Opened("torchvision", parted, classes=PARTS, ranks=2, stop=lambda: True)
+    with partly_away(opened.index.root, 0.9, "last"), pytest.raises(Interrupted):
+        list(parts(opened))
 
 
 # Single files that come, go and change.
@@ -284,10 +480,11 @@ def test_the_quarantine_is_shared_by_ranks_and_bound_to_files(own: DataConfig, t
 def test_a_list_that_somebody_edited(own: DataConfig, tmp_path: Path) -> None:
     index, path = Opened("torchvision", own).index, tmp_path / "bad.jsonl"
     status = index.path(3).stat()
-    good = {"split": "train", "file": str(index.path(3)), "bytes": status.st_size, "mtime_ns": status.st_mtime_ns,
+    name = str(index.path(3).relative_to(index.root))
+    good = {"split": "train", "file": name, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns,
             "kind": "decode", "reason": "why"}  # fmt: skip
     strange = [
-        {"split": "train", "id": 3, "file": str(index.path(3)), "reason": "of an earlier version"},
+        {"split": "train", "id": 3, "file": name, "reason": "of an earlier version"},
         {**good, "file": 3}, {**good, "bytes": "many"}, [], 7, None, {"split": ["train"]},
     ]  # fmt: skip
     unknown = [{**good, "file": name} for name in ("class0", "../../etc/passwd", "", "\0", "\ud800", "class9/x.jpg")]
@@ -309,7 +506,16 @@ def test_a_name_that_is_no_text(own: DataConfig, tmp_path: Path) -> None:
     again = Quarantine("train", opened.index, tmp_path / "bad.jsonl")
     (sample,) = again.known()
     assert opened.index.encoded_path(sample) == name
-    assert find(opened.index, os.fsdecode(name)) == sample
+    assert find(opened.index, "class0/\udcff\udcfe.jpg") == sample
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_a_name_cannot_forge_a_line(own: DataConfig, kind: str) -> None:
+    (Path(own.root) / "train/class0/a\nb\x1b[2J.jpg").write_bytes(b"")
+    opened = Opened(kind, own)
+    opened.train(0, 4)
+    (said,) = opened.said
+    assert "class0/a\\nb\\x1b[2J.jpg: it is empty" in said
 
 
 def test_a_disk_without_room_for_the_list(own: DataConfig, tmp_path: Path) -> None:

@@ -8,13 +8,12 @@ from pathlib import Path
 import torch
 
 from distrib.config import DataConfig
-from distrib.data import sample
+from distrib.data import sample, waiting
 from distrib.data.index import Index, open_index
 from distrib.data.loader import Batch, Loader
 from distrib.data.order import EvalPlan, TrainPlan
 from distrib.data.quarantine import Quarantine
 from distrib.data.synthetic import SyntheticLoader
-from distrib.data.waiting import Waiting
 from distrib.layout import SAMPLE, SPLITS, data_root, look
 from distrib.surroundings import usable_cores
 
@@ -58,6 +57,7 @@ def build_loader(
     *,
     notify_once: Callable[[str], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
+    ranks: int = 1,
     local_ranks: int = 1,
 ) -> Loader:
     """The loader that ``cfg.loader`` names; without DALI on this machine, torchvision's, and a word about it.
@@ -65,14 +65,20 @@ def build_loader(
     Args:
         notify_once: told what all ranks would say alike.
         stop: whether somebody asked to stop; looked at while images do not come.
+        ranks: how many the run has. Those of one that has several wait longer for a slow batch, as all save together.
         local_ranks: how many share this machine's cores.
     """
     if indexes is None:
         return SyntheticLoader(cfg, classes, device)
     once = notify_once or notify
     workers = max(1, usable_cores() // local_ranks) if cfg.workers is None else cfg.workers
+    patience = waiting.ALONE if ranks == 1 else waiting.TOGETHER
     train, val = (
-        (index, Quarantine(split, index, bad_samples, notify, once), Waiting(index, cfg.wait_minutes, stop, notify))
+        (
+            index,
+            Quarantine(split, index, bad_samples, notify, once),
+            waiting.Waiting(index, cfg.wait_minutes, stop, notify, patience),
+        )
         for split, index in zip(("train", "val"), indexes, strict=True)
     )
     if cfg.loader == "dali":

@@ -6,8 +6,9 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, TimeoutError
-from typing import Generic, NamedTuple, TypeVar
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -23,7 +24,8 @@ Prepare = Callable[[int, Encoded], T]
 CHUNK = 32  # rows that a thread reads at a time: a hand-over for each image would cost more than reading it
 
 
-class Rows(NamedTuple, Generic[T]):
+@dataclass(frozen=True, slots=True)
+class Rows(Generic[T]):
     """A slice with what was read for it: ``items`` row by row, of the samples ``ids`` (stand-ins among them)."""
 
     part: Slice
@@ -72,7 +74,8 @@ def _work(calls: queue.SimpleQueue[Callable[[], None] | None]) -> None:
         del call  # its result is the caller's alone
 
 
-class _Reading(NamedTuple, Generic[T]):
+@dataclass(frozen=True, slots=True)
+class _Reading(Generic[T]):
     part: Slice
     chunks: list[tuple[range, Future[list[tuple[int, T]]]]]
 
@@ -111,8 +114,10 @@ class ReadAhead(Generic[T]):
             self._begin(part)
         if not self._reading:
             return None
-        part, chunks = self._reading.popleft()
-        rows = [pair for chunk, future in chunks for pair in self._result(part, chunk, future)]
+        reading = self._reading.popleft()
+        part = reading.part
+        rows = [pair for chunk, future in reading.chunks for pair in self._result(part, chunk, future)]
+        self._waiting.arrived()
         return Rows(part, np.array([sample for sample, _ in rows], dtype=np.int64), [item for _, item in rows])
 
     def rewind(self, parts: list[Slice]) -> None:
@@ -137,17 +142,16 @@ class ReadAhead(Generic[T]):
         return self._threads.submit(lambda: _read(wanted, fetcher, prepare, found))
 
     def _result(self, part: Slice, chunk: range, future: Future[list[tuple[int, T]]]) -> list[tuple[int, T]]:
-        look = self._waiting.watch()
         while True:
-            try:
-                return future.result(timeout=LOOK)
-            except TimeoutError:
-                if future.done():
-                    raise  # the call's own
+            look = self._waiting.watch()
+            # Not by the time-out of ``result``: its error could be the call's own.
+            while not wait([future], timeout=LOOK).done:
                 look()
+            try:
+                return future.result()
             except Outage as outage:
                 self._waiting.outlast(outage)
-                future, look = self._submit(part, chunk), self._waiting.watch()
+                future = self._submit(part, chunk)
 
 
 def _read(wanted: list[int], fetcher: Fetcher, prepare: Prepare[T], found: deque[Bad]) -> list[tuple[int, T]]:

@@ -220,7 +220,8 @@ class DaliLoader:
                     feeder.rewind()
                     pipeline = self._pipeline(feeder, feeder, largest)
                     continue
-                part, read, _ = feeder.take()
+                rows = feeder.take()
+                part, read = rows.part, rows.ids
                 labels = torch.from_numpy(feeder.index.labels[read].astype(np.int64))
                 if isinstance(feeder, _EvalFeeder):
                     labels[torch.from_numpy(read != part.ids)] = -1

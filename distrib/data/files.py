@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -36,7 +36,17 @@ class Encoded(NamedTuple):
 
 
 class Outage(Exception):
-    """Files all over a split cannot be read: the disk's trouble, not theirs. The message is the system's reason."""
+    """Files all over a split cannot be read: the disk's trouble, not theirs.
+
+    reason: the system's words. samples: those that were wanted and could not be read.
+    """
+
+    def __init__(self, reason: str, samples: frozenset[int]) -> None:
+        super().__init__(reason, samples)  # both, since it is sent from worker processes
+        self.reason, self.samples = reason, samples
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 class DataUnavailable(Failure):
@@ -105,22 +115,33 @@ def read_all(index: Index, wanted: Mapping[int, int], retry: Retry) -> Iterator[
                 del failed[row]
                 yield row, result
     if failed:
-        reason = probe(index, {wanted[row] for row in failed})
+        samples = frozenset(wanted[row] for row in failed)
+        reason = probe(index, samples)
         if reason is not None:
-            raise Outage(reason or first_line(next(iter(failed.values()))))
+            raise Outage(reason or first_line(next(iter(failed.values()))), samples)
     yield from failed.items()
 
 
-def probe(index: Index, apart: set[int] | frozenset[int] = frozenset()) -> str | None:
-    """Reads the first byte of up to ``PROBES`` files that are not ``apart``; None where most of them can be read.
+def lasts(index: Index, outage: Outage) -> str | None:
+    """Reads the samples of an outage again; None where ``read_all`` would not raise it now.
+
+    Returns:
+        Why they, and half or more of other files, cannot be read; "" where there are no others.
+    """
+    failed = [sample for sample in outage.samples if isinstance(_try(index, sample), OSError)]
+    return probe(index, failed) if failed else None
+
+
+def probe(index: Index, apart: Collection[int] = ()) -> str | None:
+    """Reads the first byte of ``PROBES`` files, spread over those that are not ``apart``; None where most can be read.
 
     Returns:
         Why they cannot be read; "" where there are no others.
     """
-    spread = np.linspace(0, len(index) - 1, PROBES + len(apart)).astype(np.int64)
-    others = [sample for sample in np.unique(spread).tolist() if sample not in apart][:PROBES]
+    others = np.delete(np.arange(len(index)), list(apart))
+    others = others[np.linspace(0, len(others) - 1, min(PROBES, len(others))).astype(np.int64)]
     reasons = []
-    for sample in others:
+    for sample in others.tolist():
         try:
             descriptor = os.open(index.encoded_path(sample), FLAGS)
             try:
@@ -133,11 +154,6 @@ def probe(index: Index, apart: set[int] | frozenset[int] = frozenset()) -> str |
     if 2 * len(reasons) < len(others):
         return None
     return reasons[0] if reasons else ""
-
-
-def shown(path: bytes | os.PathLike[str]) -> str:
-    """A file's name for a message; bytes that are no text are escaped, for a console takes text only."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def first_line(error: BaseException) -> str:

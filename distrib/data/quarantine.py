@@ -11,9 +11,9 @@ import numpy as np
 
 from distrib.config import UserError
 from distrib.data.fetch import Bad
-from distrib.data.files import DataUnavailable, first_line, shown
+from distrib.data.files import DataUnavailable, first_line
 from distrib.data.index import Index
-from distrib.layout.folders import as_utf8
+from distrib.layout.folders import as_utf8, shown
 
 FEW, SHARE = 10, 0.01  # images of a split that may be out of reach in one start: so many, or this part of it
 SPLITS = ("train", "val")

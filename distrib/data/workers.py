@@ -195,6 +195,7 @@ class WorkerLoader:
                 if isinstance(item, Outage):
                     waiting.outlast(item)
                     break  # and on from this item, with new workers
+                waiting.arrived()
                 for each in item.bad:
                     bad.add(each)
                 items = items[1:]
