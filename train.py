@@ -51,6 +51,8 @@ from distrib.optim import Ema, build_optimizer, build_schedule, peak_lr
 from distrib.place import Place, find_place, publish
 from distrib.runtime import Runtime, leave, start
 
+REMEDY = "lower optim.lr or raise schedule.warmup_epochs, and start under another run.name or run.dir"
+
 
 @dataclass
 class Progress:
@@ -203,8 +205,7 @@ class Run:
             finite = math.isfinite(float(str(record["loss"])))
             if self.progress.finite and not finite:
                 self.log.warning(
-                    f"the loss is {record['loss']} at step {record['step']}: nothing is learnt any more; lower "
-                    "optim.lr or raise schedule.warmup_epochs, and start under another run.name"
+                    f"the loss is {record['loss']} at step {record['step']}: nothing is learnt any more; {REMEDY}"
                 )
             self.progress.finite = finite
 
@@ -233,15 +234,15 @@ class Run:
                 f"the same command continues {self.folder.path}"
             )
         elif diverged:
-            self.log.message("the run ends with a loss that is no number", "error")
+            self.log.message(f"the run ends with a loss that is no number (NaN); {REMEDY}", "error")
             self.last_words = f"run folder: {self.folder.path}"
             return FAILED
         else:
-            result = progress.result
+            result, already = progress.result, "" if self.unsaved else " already"
             ema = f" (EMA {result['ema_top1']:.2f} %)" if "ema_top1" in result else ""
             self.last_words = (
-                f"finished: top-1 {result['top1']:.2f} %{ema}, top-5 {result['top5']:.2f} % on {result['images']:,} "
-                f"images after {progress.step} steps\nrun folder: {self.folder.path}"
+                f"finished{already}: top-1 {result['top1']:.2f} %{ema}, top-5 {result['top5']:.2f} % on "
+                f"{result['images']:,} images after {progress.step} steps\nrun folder: {self.folder.path}"
             )
         return STOPPED if stopping else FINISHED
 

@@ -171,7 +171,8 @@ def _find(path: Path) -> Path:
     if os.path.lexists(path) or path.is_absolute() or "\0" in str(path):
         return path
     if not os.path.lexists(beside):
-        raise UserError(f"cannot read configuration {path}: neither {Path.cwd()} nor {ROOT} has it")
+        where = f"{ROOT} has it not" if Path.cwd() == ROOT else f"neither {Path.cwd()} nor {ROOT} has it"
+        raise UserError(f"cannot read configuration {path}: {where}")
     return beside
 
 

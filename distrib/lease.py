@@ -89,7 +89,8 @@ class Lease:
                     holder = _read(self._path)
                     if holder is not None and self._lives(holder, notify, stop):
                         raise UserError(
-                            f"{self._folder} is being written by {holder}: stop that one, or choose another run.name"
+                            f"{self._folder} is being written by {holder}: stop that one, or choose another "
+                            "run.name or run.dir"
                         )
                     if holder is not None and self._succeed(holder):
                         notify(f"{holder} has left {self._folder} without a word; taking over")

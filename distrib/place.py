@@ -60,7 +60,8 @@ def _torchrun(environ: Mapping[str, str]) -> Place | None:
         found = [name for name in (*names, "MASTER_ADDR", "MASTER_PORT") if name in environ]
         raise UserError(
             f"{', '.join(found)} {'is' if len(found) == 1 else 'are'} set, but {', '.join(missing)} "
-            f"{'is' if len(missing) == 1 else 'are'} not: start with torchrun, or unset them for a run of one process",
+            f"{'is' if len(missing) == 1 else 'are'} not: start with torchrun, or unset "
+            f"{', '.join(found)} for a run of one process",
             everywhere=False,
         )
     rank, world, local_rank, local_world = (_number(environ, name, 0 if "RANK" in name else 1) for name in names)
@@ -106,7 +107,7 @@ def _of_a_launcher(environ: Mapping[str, str], names: tuple[str, str, str, str],
     if missing:
         raise UserError(
             f"{launcher} set {' and '.join(name for name in names if name in environ)}, but not "
-            f"{', '.join(missing)}: start with {launcher} or torchrun, or unset them for a run of one process",
+            f"{', '.join(missing)}: start with {launcher} or torchrun, or unset the former for a run of one process",
             everywhere=False,
         )
     rank, world, local_rank, local_world = (_number(environ, name) for name in names)

@@ -149,7 +149,7 @@ def test_a_finished_run_stays_as_it_is(undisturbed: dict[int, Path]) -> None:
     folder = undisturbed[1]
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "config.yaml"}
     printed = runs.train(1, folder)
-    assert "finished: top-1" in printed
+    assert "finished already: top-1" in printed
     after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "config.yaml"}
     assert after == before
 

@@ -223,8 +223,8 @@ def list_images(
         raise without_images(source, empty)
     if odd:
         notify(
-            f"{shown(source)}: passed over {len(odd)} that {'is' if len(odd) == 1 else 'are'} named like an image but "
-            f"no file, or a folder met twice; the first: {shown(odd[0])}"
+            f"{shown(source)}: passed over {len(odd)} (FIFOs, devices and folders with an image's name, folders linked "
+            f"twice); the first: {shown(odd[0])}"
         )
     labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
     return Listing(source, classes, stamps, nested, paths, labels)
