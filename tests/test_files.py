@@ -288,7 +288,7 @@ def test_a_probe_is_spread_whatever_is_apart(parted: DataConfig, end: str) -> No
     for share in (0.3, 0.7):
         with partly_away(index.root, share, end):
             gone = [k for k in range(6 * PARTS) if not index.path(k).exists()]
-            for count in (0, 1, 5):
+            for count in (0, 1, 5, 15):
                 assert (probe(index, gone[:count]) is None) == (share < 0.5)
 
 
@@ -317,6 +317,7 @@ def test_what_is_deleted_in_an_outage_is_lost_and_not_waited_for(
         outage = pickle.loads(pickle.dumps(caught.value))  # as a worker sends it
         assert (str(outage), outage.samples) == ("No such file or directory", {3, 9})
         assert files_module.lasts(index, outage) == "No such file or directory"
+        assert files_module.lasts(index, Outage("why", frozenset({59}))) is None  # what was wanted is there again
     index.path(9).unlink()
     assert files_module.lasts(index, outage) is None
     assert isinstance(dict(read_all(index, {0: 3, 1: 9}, SHORT))[1], OSError)

@@ -5,6 +5,7 @@ It runs wherever torch runs, and it is the yardstick that the DALI loader's pixe
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -277,6 +278,7 @@ def _begin(unwanted: Connection, worker: int) -> None:
     # torchrun and Slurm signal the whole process group; the rank finishes its step and needs its workers for it.
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    gc.freeze()  # what a fork brought along is not this process's to end: a DALI pipeline would wait for its threads
     threading.Thread(target=_end_in_time, args=(unwanted,), daemon=True).start()
 
 
