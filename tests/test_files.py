@@ -25,10 +25,10 @@ import pytest
 from loading import DEPRECATED, IMAGES, LOADERS, Opened, corruptions, entries, files, needs_dali, reference, same
 
 from distrib.config import DataConfig, UserError
-from distrib.data import Batch, EvalPlan, TrainPlan, ahead, waiting, workers
+from distrib.data import Batch, EvalPlan, Index, TrainPlan, ahead, fetch, waiting, workers
 from distrib.data import files as files_module
 from distrib.data.fetch import Bad
-from distrib.data.files import DataUnavailable, Outage, Retry, probe, read, read_all
+from distrib.data.files import DataUnavailable, Encoded, Outage, Retry, probe, read, read_all
 from distrib.data.quarantine import Quarantine, find
 from distrib.faults import Interrupted
 
@@ -600,3 +600,33 @@ def test_errors_of_the_system_are_told_in_its_words() -> None:
     assert files_module.first_line(error) == "Input/output error"
     assert files_module.first_line(ValueError("\n\n one\ntwo")) == "one"
     assert files_module.first_line(ValueError()) == "ValueError"
+
+
+def test_a_folder_of_lost_files_costs_one_wait_and_ends_the_search(
+    small: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each stand-in is the next lost file: they are not waited for one by one, nor all of them looked at."""
+    index = Opened("torchvision", small).index
+    lost = list(range(len(index) // 2, len(index)))
+    waits: list[float] = []
+    looked_at: list[int] = []
+    read_one = files_module._try
+
+    def try_one(index: Index, sample: int) -> Encoded | OSError:
+        looked_at.append(sample)
+        return OSError(errno.EIO, "Input/output error") if sample in lost else read_one(index, sample)
+
+    monkeypatch.setattr(fetch, "FEW", 5)
+    monkeypatch.setattr(files_module, "_try", try_one)
+    monkeypatch.setattr(files_module, "probe", lambda *args: None)  # the other files are well
+    monkeypatch.setattr(files_module, "RETRY", Retry(0.01, 0.01, 0.05))
+    monkeypatch.setattr(files_module.time, "sleep", waits.append)
+    times = itertools.count(0.0, 0.01)
+    monkeypatch.setattr(files_module.time, "monotonic", lambda: next(times))
+    found: list[Bad] = []
+    assert fetch.Fetcher(index, ()).fetch({0: lost[0]}, found) == []
+    assert [bad.sample for bad in found] == lost[:6]
+    first = looked_at.count(lost[0])
+    assert first > 1
+    assert looked_at == [lost[0]] * first + lost[1:6]
+    assert len(waits) == first - 1

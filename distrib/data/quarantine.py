@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from distrib.config import UserError
-from distrib.data.fetch import Bad
+from distrib.data.fetch import Bad, too_many
 from distrib.data.files import DataUnavailable, first_line
 from distrib.data.index import Index
 from distrib.layout.folders import as_utf8, shown
 
-FEW, SHARE = 10, 0.01  # images of a split that may be out of reach in one start: so many, or this part of it
 SPLITS = ("train", "val")
 FIELDS = {"split": str, "file": str, "bytes": int, "mtime_ns": int, "kind": str, "reason": str}
 
@@ -82,7 +81,7 @@ class Quarantine:
 
     def _check(self, reason: str) -> None:
         count, root = len(self._index), shown(self._index.root)
-        if self._lost > max(FEW, SHARE * count):
+        if too_many(self._lost, count):
             raise DataUnavailable(
                 f"{self._lost} of {count} images in {root} cannot be read ({reason}). "
                 "Once they can, the same command continues from the newest checkpoint"
