@@ -136,7 +136,7 @@ def wrap(objective: Objective, cfg: TrainConfig, runtime: Runtime, backend: Comp
     if runtime.world > 1:
         arguments = inspect.signature(DistributedDataParallel).parameters
         fetch_buffers = "forward_sync_buffers" if "forward_sync_buffers" in arguments else "broadcast_buffers"
-        options: dict[str, Any] = {fetch_buffers: False}  # renamed in torch 2.13 or before, and warned of since
+        options: dict[str, Any] = {fetch_buffers: False}  # torch 2.15 warns of the older name, 2.11 has no other
         ddp = DistributedDataParallel(
             objective,
             device_ids=[runtime.device.index] if runtime.device.type == "cuda" else None,
