@@ -4,16 +4,20 @@ This file is the table of contents: `build` makes each part in order, `Run.loop`
 """
 # ruff: noqa: E402
 
-from distrib.faults import FAILED, FINISHED, STOPPED, USER_ERROR, Failure, Interrupted, StopSignals, report_exit
-from distrib.surroundings import check_limits, settle
+import sys
 
-STOP = StopSignals()  # before torch, whose import takes seconds: a request to stop must not kill the run there
-settle()  # before torch too, which reads the environment while it is imported
+from distrib.entry import Start, read_start
+from distrib.faults import FAILED, FINISHED, STOPPED, USER_ERROR, Failure, Interrupted, StopSignals, report_exit
+from distrib.surroundings import settle
+
+# Before torch, whose import takes seconds: a request to stop must not kill the run there, torch reads the environment,
+# and --help, --print-config and mistakes need none of it.
+STOP = StopSignals()
+settle()
+START = read_start(sys.argv[1:]) if __name__ == "__main__" else None
 
 import contextlib
 import math
-import os
-import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,8 +29,7 @@ import torch
 
 from distrib import checkpoint
 from distrib.checkpoint import Checkpointer
-from distrib.cli import dump_config, load_config, parse_args
-from distrib.config import Config, UserError
+from distrib.config import Config, UserError, settled
 from distrib.data import EvalPlan, Index, Loader, TrainPlan, build_loader, open_data
 from distrib.engine.evaluate import Evaluator
 from distrib.engine.prepare import (
@@ -42,15 +45,16 @@ from distrib.engine.state import TrainState
 from distrib.engine.step import TrainStep
 from distrib.faults import Agreement
 from distrib.folder import RunFolder, check_resumable
+from distrib.follow import follow, keep, told
 from distrib.jsonl import cut_back
 from distrib.lease import Lease
 from distrib.log import ConsoleSink, JsonlSink, Log, WandbSink, new_run_id
 from distrib.metrics import SaveTimer, Trace, TrainMeter
 from distrib.models import build_model
 from distrib.optim import Ema, build_optimizer, build_schedule, peak_lr
-from distrib.place import Place, find_place, publish
 from distrib.runtime import Runtime, leave, start
 
+SYNTHETIC_CLASSES = 1000  # ImageNet's
 REMEDY = "lower optim.lr or raise schedule.warmup_epochs, and start under another run.name or run.dir"
 
 
@@ -260,12 +264,13 @@ class Run:
         }
 
 
-def build(config: Config, place: Place, leaving: contextlib.ExitStack) -> Run:
+def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
     """Makes every part, continues from the newest valid checkpoint where there is one, and says what it resolved.
 
     What must be let go of, however the run ends, goes to ``leaving``.
     """
-    runtime = start(place, STOP, config.data.wait_minutes)
+    config = asked.config
+    runtime = start(asked.place, STOP, config.data.wait_minutes)
     device, precision = runtime.device, effective_precision(config.train.precision, runtime.device)
     set_up_device(device, precision, config.train.deterministic)
     say = partial(print, file=sys.stdout if runtime.is_main else sys.stderr, flush=True)
@@ -276,6 +281,12 @@ def build(config: Config, place: Place, leaving: contextlib.ExitStack) -> Run:
     )
     data = indexes[0].fingerprint if indexes else f"synthetic {config.data.synthetic.train}"
     runtime.check_same(data, "finds other training images than rank 0: is data.root still being copied to?")
+    config = follow(
+        config,
+        classes=len(indexes[0].classes) if indexes else SYNTHETIC_CLASSES,
+        images=len(indexes[0]) if indexes else config.data.synthetic.train,
+        gpu=device.type == "cuda",
+    )
     plan, eval_plan = make_plans(config, indexes, runtime)
     total_steps = config.train.steps or max(1, round(config.train.epochs * plan.steps_per_epoch))
 
@@ -290,12 +301,15 @@ def build(config: Config, place: Place, leaving: contextlib.ExitStack) -> Run:
     lease = runtime.on_main_only(lambda: Lease(folder.path).acquire(say, STOP.requested))
     if lease is not None:
         leaving.callback(lease.release)
-    newest, saved, progress = find_progress(runtime, folder, config, data, total_steps, log)
+    newest, saved = (None, None) if asked.fresh else find_checkpoint(runtime, folder, asked.must_resume, log)
+    if saved is not None:
+        config = keep(asked.config, config, saved)
+    progress = find_progress(newest, saved, config, data, total_steps, log)
     loader = runtime.on_each(
         lambda: build_loader(
             config.data,
             indexes,
-            config.model.num_classes,
+            settled(config.model.num_classes),
             device,
             folder.bad_samples,
             warn,
@@ -308,6 +322,8 @@ def build(config: Config, place: Place, leaving: contextlib.ExitStack) -> Run:
 
     # What the user may have got wrong has been looked at: from here on the run folder is written to.
     state_bytes = (3 if config.ema else 2) * sum(4 * p.numel() for p in network.parameters())  # momentum, EMA
+    if asked.fresh:
+        runtime.on_main(lambda: folder.move_aside(say))
     checkpointer = runtime.on_main_only(lambda: open_folder(folder, lease, config, progress.step, state_bytes, warn))
     if console is not None and lease is not None:
         values = config.model_dump(mode="json")
@@ -320,11 +336,13 @@ def build(config: Config, place: Place, leaving: contextlib.ExitStack) -> Run:
         config, runtime, plan, precision, lr, sum(p.numel() for p in network.parameters()), total_steps
     ):
         log.message(line)
+    if followed := told(asked.config, config):
+        log.message(f"settings that follow: {', '.join(followed)}")
 
-    smoothing = config.train.label_smoothing
+    smoothing, compiled = config.train.label_smoothing, settled(config.train.compile)
     objective = Objective(network, config.data.mean, config.data.std, DTYPES[precision], smoothing).to(device)
     call, ddp = wrap(objective, config.train, runtime)
-    if ddp is not None or config.train.compile:
+    if ddp is not None or compiled:
         warm_up(call, ddp, objective, plan.slice_sizes, config.data.size, device)
     optimizer = build_optimizer(network, config.optim, lr)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -346,7 +364,7 @@ def build(config: Config, place: Place, leaving: contextlib.ExitStack) -> Run:
         loader=loader,
         state=state,
         step=step,
-        evaluator=Evaluator(objective, ["model", "ema"] if ema else ["model"], config.train.compile),
+        evaluator=Evaluator(objective, ["model", "ema"] if ema else ["model"], compiled),
         checkpointer=checkpointer,
         schedule=build_schedule(config.schedule, lr, plan.steps_per_epoch, total_steps),
         total_steps=total_steps,
@@ -355,18 +373,32 @@ def build(config: Config, place: Place, leaving: contextlib.ExitStack) -> Run:
     )
 
 
-def find_progress(
-    runtime: Runtime, folder: RunFolder, config: Config, data: str, total_steps: int, log: Log
-) -> tuple[Path | None, dict[str, Any] | None, Progress]:
-    """The newest valid checkpoint, what it holds, and where the run is; None and None where there is none.
+def find_checkpoint(
+    runtime: Runtime, folder: RunFolder, needed: bool, log: Log
+) -> tuple[Path | None, dict[str, Any] | None]:
+    """The newest valid checkpoint and what it holds; None and None where there is none.
 
     Raises:
-        UserError: it is another run's, or has more steps than are asked for.
+        UserError: it cannot be read, or there is none and one is ``needed``.
     """
     newest = runtime.on_main(lambda: checkpoint.newest_valid(folder.checkpoints, log.warning))
-    if newest is None:
-        return None, None, Progress()
-    saved = runtime.on_each(lambda: checkpoint.load(newest))
+    if newest is not None:
+        return newest, runtime.on_each(lambda: checkpoint.load(newest))
+    if needed:
+        raise UserError(f"--resume must: {folder.checkpoints} holds no checkpoint: see run.dir and run.name")
+    return None, None
+
+
+def find_progress(
+    newest: Path | None, saved: dict[str, Any] | None, config: Config, data: str, total_steps: int, log: Log
+) -> Progress:
+    """Where the run is.
+
+    Raises:
+        UserError: the checkpoint is another run's, or has more steps than are asked for.
+    """
+    if newest is None or saved is None:
+        return Progress()
     check_resumable(saved, config, data, newest, log.message)
     progress = Progress(**saved["progress"])
     if progress.step > total_steps:
@@ -374,7 +406,7 @@ def find_progress(
             f"train.epochs or train.steps ask for {total_steps} steps, but {newest} has {progress.step} already: "
             "raise them, or choose another run.name"
         )
-    return newest, saved, progress
+    return progress
 
 
 def resolved(
@@ -385,9 +417,11 @@ def resolved(
     return (
         f"{config.model.name}, {parameters / 1e6:.2f} M parameters; {ranks}, {precision}"
         + (f" ({train.precision} is not for this processor)" if precision != train.precision else "")
-        + f", channels-last{', compiled' if train.compile else ''}{', deterministic' if train.deterministic else ''}",
+        + f", channels-last{', compiled' if settled(train.compile) else ''}"
+        + (", deterministic" if train.deterministic else ""),
         f"global batch {plan.global_batch}: {runtime.world} × {plan.accumulation} forwards of at most "
-        f"{plan.largest_slice}; learning rate {lr:g}; {plan.steps_per_epoch} steps an epoch, {total_steps} in all",
+        f"{plan.largest_slice}; learning rate {lr:g}; {plan.steps_per_epoch} steps an epoch, {total_steps} in all; "
+        f"crops of {config.data.size} px, evaluated at {config.data.eval_size} of {config.data.eval_resize}",
     )
 
 
@@ -414,15 +448,13 @@ def make_plans(config: Config, indexes: tuple[Index, Index] | None, runtime: Run
     """Who trains and evaluates which images.
 
     Raises:
-        UserError: more ranks than images in a batch, or a batch larger than the data set.
+        UserError: more ranks than images in a batch.
     """
     batch, world = config.train.global_batch, runtime.world
     synthetic = config.data.synthetic
     train, val = (len(indexes[0]), len(indexes[1])) if indexes else (synthetic.train, synthetic.val)
     if world > batch:
         raise UserError(f"train.global_batch {batch} is smaller than the {world} processes: raise it, or start fewer")
-    if batch > train:
-        raise UserError(f"train.global_batch {batch} is larger than the training set of {train} images: lower it")
     micro = config.train.micro_batch or batch
     accumulation = min(-(-batch // (world * micro)), batch // world)
     return (
@@ -431,19 +463,11 @@ def make_plans(config: Config, indexes: tuple[Index, Index] | None, runtime: Run
     )
 
 
-def main(argv: Sequence[str]) -> int:
+def main(start: Start) -> int:
     """Returns the exit code: 0 finished, 75 stopped with everything saved, 2 the user's to mend, 1 failed."""
-    place = Place()
+    place = start.place
     try:
-        place = find_place(os.environ)
-        publish(place, os.environ)
-        check_limits()
-        args = parse_args(argv)
-        config = load_config(args.config, args.overrides)
-        if args.print_config:
-            print(dump_config(config), end="")
-            return FINISHED
-        return report_exit(train(config, place))
+        return report_exit(train(start))
     except UserError as error:
         if place.rank == 0 or not error.everywhere:
             print(f"error: {error}", file=sys.stderr)
@@ -460,13 +484,13 @@ def main(argv: Sequence[str]) -> int:
         return report_exit(FAILED, f"{type(error).__name__}: {error}")
 
 
-def train(config: Config, place: Place) -> int:
+def train(start: Start) -> int:
     """One start of a run, from its parts to its last words; returns the exit code."""
     with contextlib.ExitStack() as leaving:
         try:
-            run = build(config, place, leaving)
+            run = build(start, leaving)
         except Interrupted:
-            if place.rank == 0:
+            if start.place.rank == 0:
                 print(
                     f"{STOP.received or 'another rank'}: stopped before the first step; the same command starts again"
                 )
@@ -483,7 +507,7 @@ def train(config: Config, place: Place) -> int:
     return code
 
 
-if __name__ == "__main__":
-    code = main(sys.argv[1:])
+if START is not None:
+    code = main(START)
     STOP.ignore()
     sys.exit(code)

@@ -1,36 +1,38 @@
-"""Command line and YAML to a Config: defaults, then ``extends:``, then the file, then dotted ``key=value``.
+"""YAML and overrides to a Config: defaults, then ``extends:``, then the file, then dotted ``key=value``.
 
 Every mistake becomes one ``UserError`` line that names the key, the file and line, and the form that is wanted.
 """
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from distrib.config import Config, UserError
-from distrib.keys import REMARKS, TRUE_OR_FALSE, describe, find_kind, is_null, nearest, read_typed, refuse, show
+from distrib.follow import follow_names
+from distrib.keys import NO_SETTING, TRUE_OR_FALSE, Kind, find_kind, is_null, nearest, read_typed, refuse
 
-DEFAULT_CONFIG = "configs/resnet50.yaml"
 ROOT = Path(__file__).resolve().parent.parent  # the checkout: its configs/ are found from any working directory
 REFERENCE = re.compile(r"\$\{([^${}]+)\}")
 # The one place where an unset variable may stand: what reads it says what to set, and a synthetic run never does.
 MAY_STAY_UNSET = "data.root"
-# Options that other trainers have and that are no setting here.
-NO_SETTING = {
-    **dict.fromkeys(("resume", "auto_resume", "start_epoch"), "the same command continues the run by itself"),
-    **dict.fromkeys(("gpus", "nproc_per_node", "nnodes", "node_rank"), "it is torchrun's and stands before train.py"),
-    **dict.fromkeys(("local_rank", "dist_url", "world_size"), "start several processes with torchrun"),
+# W&B's own variables, which win over our defaults. WANDB_MODE wins over what is written too (log.py).
+WANDB_NAMES = {
+    "wandb.project": "WANDB_PROJECT",
+    "wandb.entity": "WANDB_ENTITY",
+    "wandb.name": "WANDB_NAME",
+    "wandb.group": "WANDB_RUN_GROUP",
+    "wandb.tags": "WANDB_TAGS",
+    "wandb.notes": "WANDB_NOTES",
+    "wandb.dir": "WANDB_DIR",
 }
 
 
@@ -67,78 +69,6 @@ class _Source:
         self.where.update(other.where)
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is a UserError, and ``--optim.lr=0.5`` and ``--optim.lr 0.5`` mean ``optim.lr=0.5``.
-
-    Sweeps write that form; the options of other trainers (``--lr 0.5``) are answered with ours.
-    """
-
-    def error(self, message: str) -> NoReturn:
-        """Raises UserError."""
-        raise UserError(f"{message} ({self.prog} --help shows the options)")
-
-    def parse_words(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Options and ``key=value`` words in any order."""
-        return self.parse_intermixed_args(self._without_dashes(list(argv)))
-
-    def _without_dashes(self, argv: list[str]) -> list[str]:
-        """Turns ``--key value`` and ``--key=value`` into ``key=value``; the parser's own options stay."""
-        words = []
-        while argv:
-            word = argv.pop(0)
-            flag, equals, value = word.partition("=")
-            own = self._option_string_actions.get(flag)
-            if own is not None or not flag.startswith("-") or flag == "--":
-                words.append(word)
-                if own is not None and own.nargs != 0 and not equals and argv:
-                    words.append(argv.pop(0))
-                continue
-            follows = bool(argv) and not equals and re.match(r"-(?![\d.])", argv[0]) is None
-            key = flag.lstrip("-").replace("-", "_")
-            kind = find_kind(key)
-            given = value if equals else argv[0] if follows else None
-            if kind is None:
-                raise UserError(self._no_option(flag, key, given))
-            if kind.part:
-                raise UserError(f"{flag}: {refuse(key, given)}")
-            if kind.base is bool and not equals and (given is None or given.lower() not in TRUE_OR_FALSE):
-                words.append(f"{key}=true")
-            elif given is None:
-                raise UserError(f"{flag} stands without a value: {describe(key)}")
-            else:
-                words.append(f"{key}={value if equals else argv.pop(0)}")
-        return words
-
-    def _no_option(self, flag: str, key: str, value: str | None) -> str:
-        if key in NO_SETTING:
-            return f"{flag} is no option: {NO_SETTING[key]}"
-        options = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.8)
-        if options:
-            return f"{flag} is no option; did you mean {options[0]}?"
-        meant = nearest(key)
-        if meant is None:
-            return f"{flag} is no option; settings are written key=value, `--print-config` shows them"
-        kind = find_kind(meant)
-        assert kind is not None
-        remark = f" ({REMARKS[meant]})" if meant in REMARKS else ""
-        return f"{flag} is no option; write {show(meant, kind.default if value is None else value)}{remark}"
-
-
-def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    """``train.py``'s arguments; ``overrides`` are the ``key=value`` words.
-
-    Raises:
-        UserError: an option that does not exist, with the form that is wanted.
-    """
-    parser = Parser(
-        prog="train.py", description="Train a ResNet. The same command again continues the run.", allow_abbrev=False
-    )
-    parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="FILE", help="default: %(default)s")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.epochs=100 optim.lr=0.5")
-    return parser.parse_words(argv)
-
-
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads, merges, checks and resolves a configuration. A relative ``path`` may also stand beside the code.
 
@@ -148,7 +78,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     source = _read_file(_find(Path(path)), ())
     for word in overrides:
         source.update(_read_override(word))
-    config = _validate(source.values, source.where)
+    for key, name in WANDB_NAMES.items():
+        part = source.values.setdefault("wandb", {})
+        if key not in source.where and isinstance(part, dict) and os.environ.get(name):
+            part[key.partition(".")[2]] = read_typed(key, os.environ[name])
+            source.where[key] = f"the environment's {name}"
+    config = follow_names(_validate(source.values, source.where))
     return _validate(_resolve(config), source.where)
 
 
@@ -190,6 +125,7 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> _Source:
     if not isinstance(values, dict):
         raise UserError(f"{path}: a configuration is a mapping of parts (run:, model:, data:, …)")
     base = values.pop("extends", None)
+    values = {key: _switched(find_kind(key), value) for key, value in values.items()}
     if base is None:
         return _Source(values, where)
     if not isinstance(base, str):
@@ -246,7 +182,9 @@ def _read_override(word: str) -> _Source:
     kind = find_kind(key)
     where = {key: "command line"}
     value: Any
-    if kind and kind.part and text.strip() and not is_null(kind, text):
+    if kind and kind.part and kind.optional and text.strip().lower() in TRUE_OR_FALSE:
+        value = _switched(kind, TRUE_OR_FALSE[text.strip().lower()])
+    elif kind and kind.part and text.strip() and not is_null(kind, text):
         value, inner = _parse(text, "command line")
         if _ends_in_comment(text):
             raise UserError(f"{key}: YAML reads the end of {text!r} as a comment; quote what has a # (command line)")
@@ -256,6 +194,13 @@ def _read_override(word: str) -> _Source:
     for name in reversed(key.split(".")):
         value = {name: value}
     return _Source(value, where)
+
+
+def _switched(kind: Kind | None, value: Any) -> Any:
+    """true and false for a part that may be null mean its defaults and null."""
+    if kind and kind.part and kind.optional and isinstance(value, bool):
+        return {} if value else None
+    return value
 
 
 def _ends_in_comment(text: str) -> bool:
@@ -280,8 +225,11 @@ def _explain(error: ValidationError, values: dict[str, Any], where: dict[str, st
         text = str(first["ctx"]["error"])
         message = text + next((_place(k, where) for k in re.findall(r"\w+\.\w+", text) if _place(k, where)), place)
     elif first["type"] in ("extra_forbidden", "invalid_key"):
-        meant = nearest(key)
-        hint = f"; did you mean {meant}?" if meant else "; `--print-config` shows the valid ones"
+        meant, leaf = nearest(key), key.rpartition(".")[2]
+        if leaf in NO_SETTING:
+            hint = f": {NO_SETTING[leaf]}"
+        else:
+            hint = f"; did you mean {meant}?" if meant else "; `--help` shows the valid ones"
         message = f"unknown key {key}{place}{hint}"
     else:
         message = f"{refuse(key, _look_up(values, key))}{place}"

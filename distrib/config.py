@@ -1,11 +1,13 @@
 """The configuration: frozen pydantic models, one for each part of the trainer.
 
-This module and ``distrib.cli`` import no torch: a cluster's login node has none.
+The line below a key is what ``--help`` says about it. This module and ``distrib.cli`` import no torch: a cluster's
+login node has none.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -27,12 +29,32 @@ def _not_empty(text: str) -> str:
     return text
 
 
+@dataclass(frozen=True)
+class Words:
+    """What a key takes, where its type does not say it: the end of "data.root takes …"."""
+
+    text: str
+
+
+T = TypeVar("T")
+
+Auto = Literal["auto"]  # follows from other settings, the data or the machine: distrib.follow says how
 # Not by min_length: with that pydantic refuses the names of files that are not UTF-8.
-Text = Annotated[str, AfterValidator(_not_empty), Field(description="text that is not empty")]
+Text = Annotated[str, AfterValidator(_not_empty), Words("text that is not empty")]
+Name = Annotated[str, Field(pattern=r"^[\w.+-]+$"), Words("a name of letters, digits, '_', '.', '+' and '-'")]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Pair = Annotated[tuple[float, float], Field(strict=False)]
 Size = Annotated[tuple[PositiveInt, PositiveInt], Field(strict=False)]
 Triple = Annotated[tuple[float, float, float], Field(strict=False)]
+Names = Annotated[tuple[Text, ...], Field(strict=False, min_length=1), Words("names with commas between them")]
+
+
+def settled(value: T | Auto) -> T:
+    """``value``, which must have followed from the rest by now."""
+    assert value != "auto"
+    return value
 
 
 class UserError(Exception):
@@ -55,57 +77,92 @@ class Part(BaseModel):
 class RunConfig(Part):
     """Who the run is. A run is its directory; the same directory again continues it."""
 
-    name: Annotated[
-        str, Field(pattern=r"^[\w.+-]+$", description="a name of letters, digits, '_', '.', '+' and '-'")
-    ] = "resnet50"
+    name: Annotated[str, Field(pattern=r"^[\w.+-]+$"), Words("a name of letters, digits, '_', '.', '+' and '-'")] = (
+        "auto"
+    )
+    """The run's name; auto: from the network and the data's folder."""
     dir: Text = "runs/${run.name}"
+    """The run's folder. The same folder again continues the run."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Decides the first weights, the order of the images and their crops."""
 
 
 class ModelConfig(Part):
-    """Architecture. ``stem`` null means the network's own: 7×7 and pool for ImageNet nets, 3×3 for small-image nets."""
+    """The network."""
 
     name: str = "resnet50"
-    num_classes: PositiveInt = 1000
+    """resnet18 to 152, resnext50_32x4d, wide_resnet50_2 …; resnet20 to 110 for small images."""
+    num_classes: PositiveInt | Auto = "auto"
+    """Outputs; auto: the data's class folders."""
+    weights: Text | None = None
+    """Begin with these weights: a file, a run's folder, or torchvision's name (IMAGENET1K_V2)."""
     zero_init_residual: bool = True
+    """Each block begins as its shortcut (Goyal et al. 2017, section 5.1)."""
     stem: Literal["imagenet", "small"] | None = None
-    plain: bool = False  # without shortcuts: the degradation experiment of He et al. 2015, section 4.1
+    """imagenet: 7×7 at stride 2 and pool; small: 3×3; null: the network's own."""
+    plain: bool = False
+    """Without shortcuts: the degradation experiment of He et al. 2015, section 4.1."""
 
 
 class SyntheticConfig(Part):
     """How many images the synthetic loader pretends to hold; ImageNet's numbers."""
 
     train: PositiveInt = 1_281_167
+    """Training images."""
     val: PositiveInt = 50_000
+    """Validation images."""
 
 
 class DataConfig(Part):
-    """Where the images are and how they are cropped. Sizes are pixels, ``mean`` and ``std`` on a scale of 0–255."""
+    """The images: where they are, which of them, and how they are cropped."""
 
     root: Text = "${IMAGENET_DIR}"
+    """Folder with train/ and val/, or with class folders alone; `--data DIR` is the same."""
+    val_split: Share | Auto | None = "auto"
+    """Share of each class of train/ to validate on; auto: 0.1 where there is no val/; null: val/ must be there."""
+    classes: Names | None = None
+    """Only these class folders."""
+    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of each class to train on: the same pictures each time, more of them for a larger share."""
     loader: Literal["dali", "torchvision", "synthetic"] = "dali"
+    """dali, torchvision (worker processes, anywhere), or synthetic (random images, for timing)."""
     size: PositiveInt = 224
-    eval_resize: PositiveInt = 256
-    eval_size: PositiveInt = 224
-    eval_batch: PositiveInt = 256  # images that one rank evaluates at once; part of what makes results repeat
-    # Decoding threads (DALI) or processes (torchvision; 0: none), for each rank; null: its share of the cores.
-    workers: NonNegativeInt | None = None
-    prefetch: PositiveInt = 3  # batches decoded ahead
-    wait_minutes: NonNegativeFloat = 10  # for images that cannot be read for the moment; then the run ends
-    decoder: Literal["auto", "cpu", "mixed"] = "auto"  # DALI only: mixed decodes JPEGs on the GPU
-    hw_decoder_load: Fraction = 0.65  # mixed only: the part of the JPEGs that the GPU's own decoder circuit gets
-    preallocate: Size | None = None  # mixed only: [width, height] of the largest JPEGs, to reserve memory for them
+    """Training crop, pixels a side."""
+    eval_resize: PositiveInt | Auto = "auto"
+    """Shorter side before the evaluation crop, pixels; auto: 8/7 of data.eval_size."""
+    eval_size: PositiveInt | Auto = "auto"
+    """Evaluation crop, pixels a side; auto: data.size."""
+    eval_batch: PositiveInt = 256
+    """Images that one rank evaluates at once; part of what makes results repeat."""
+    workers: NonNegativeInt | Auto | None = "auto"
+    """Decoding threads (DALI) or processes (torchvision; 0: none) a rank; auto or null: its share of the cores."""
+    prefetch: PositiveInt = 3
+    """Batches decoded ahead."""
+    wait_minutes: NonNegativeFloat = 10
+    """How long to wait for images that cannot be read for the moment, before the run ends."""
+    decoder: Literal["auto", "cpu", "mixed"] = "auto"
+    """DALI: mixed decodes JPEGs on the GPU."""
+    hw_decoder_load: Fraction = 0.65
+    """DALI, mixed: the part of the JPEGs that the GPU's own decoder circuit gets."""
+    preallocate: Size | None = None
+    """DALI, mixed: [width,height] of the largest JPEGs, to reserve memory for them."""
     scale: Pair = (0.08, 1.0)
+    """Part of the picture's area in a training crop, from and to."""
     ratio: Pair = (3 / 4, 4 / 3)
+    """Width to height of a training crop, from and to."""
     flip: Fraction = 0.5
+    """How often a training crop is mirrored."""
     mean: Triple = (123.675, 116.28, 103.53)
+    """Mean of red, green and blue, on a scale of 0 to 255."""
     std: Triple = (58.395, 57.12, 57.375)
-    index_dir: Text | None = None  # null: ~/.cache/distrib/index
+    """Standard deviation of red, green and blue, on the same scale."""
+    index_dir: Text | None = None
+    """Where lists of the files are kept; null: ~/.cache/distrib/index."""
     synthetic: SyntheticConfig = SyntheticConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
-        if self.eval_size > self.eval_resize:
+        if self.eval_size != "auto" and self.eval_resize != "auto" and self.eval_size > self.eval_resize:
             raise ValueError(f"data.eval_size {self.eval_size} is larger than data.eval_resize {self.eval_resize}")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"data.scale {list(self.scale)} is not 0 < low <= high <= 1")
@@ -117,30 +174,53 @@ class DataConfig(Part):
 
 
 class TrainConfig(Part):
-    """Length, batch and precision. ``global_batch`` is the whole step's, over all ranks and micro-batches."""
+    """Length, batch and precision."""
 
     epochs: PositiveFloat = 90
-    steps: PositiveInt | None = None  # stop after so many steps instead of `epochs`
+    """Passes over the training images."""
+    steps: PositiveInt | None = None
+    """Stop after so many steps instead of train.epochs."""
     global_batch: PositiveInt = 1024
-    micro_batch: PositiveInt | None = None  # most images in one forward on one rank; accumulation follows from it
-    precision: Literal["bf16", "fp16", "tf32", "fp32"] = "bf16"  # tf32: stored as fp32, multiplied with 10 bits
-    compile: bool = True
-    deterministic: bool = False  # on a GPU: only kernels that give the same bits each time; slower
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Images in one step, over all processes; no more than there are to train on."""
+    micro_batch: PositiveInt | None = None
+    """Most images in one forward on one GPU; accumulation follows from it."""
+    precision: Literal["bf16", "fp16", "tf32", "fp32"] = "bf16"
+    """bf16, fp16 (with a loss scaler), fp32 (IEEE), or tf32: stored as fp32, multiplied with 10 bits."""
+    compile: bool | Auto = "auto"
+    """torch.compile; auto: on a GPU."""
+    deterministic: bool = False
+    """GPU: only kernels that give the same bits each time; slower."""
+    label_smoothing: Decay = 0.0
+    """Part of the target that is spread over all classes."""
     clip_grad_norm: PositiveFloat | None = None
+    """Largest norm of the gradient."""
     eval_every_epochs: PositiveFloat = 1
+    """How often to evaluate."""
 
 
 class OptimConfig(Part):
-    """``lr`` belongs to ``reference_batch``; ``scaling`` says how it follows the global batch (Goyal et al. 2017)."""
+    """SGD. ``lr`` belongs to ``reference_batch`` images a step and follows another batch (Goyal et al. 2017)."""
 
     name: Literal["sgd"] = "sgd"
-    lr: PositiveFloat = 0.1
-    reference_batch: PositiveInt = 256
+    """The optimizer."""
+    lr: PositiveFloat = 0.4
+    """Learning rate after warm-up, at optim.reference_batch images a step."""
+    reference_batch: PositiveInt = 1024
+    """The batch that optim.lr was chosen for; each file in configs/ has its own train.global_batch here."""
     scaling: Literal["linear", "sqrt", "none"] = "linear"
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """How optim.lr follows train.global_batch where that is not optim.reference_batch."""
+    head_lr: PositiveFloat = 1.0
+    """Factor on the learning rate of the last layer (fc)."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Factor on the learning rate from each block to the one before it; the last layer has 1."""
+    freeze: Text | None = None
+    """Train only what comes behind this stage: conv1, layer1 … layer4; layer4 trains the last layer alone."""
+    momentum: Decay = 0.9
+    """Momentum."""
     nesterov: bool = False
-    weight_decay: NonNegativeFloat = 1e-4  # never on norms and biases
+    """Nesterov's momentum."""
+    weight_decay: NonNegativeFloat = 1e-4
+    """Weight decay; never on norms and biases."""
 
     @model_validator(mode="after")
     def _consistent(self) -> OptimConfig:
@@ -150,15 +230,22 @@ class OptimConfig(Part):
 
 
 class ScheduleConfig(Part):
-    """Learning rate over time. ``warmup_start`` and ``final`` are fractions of the peak learning rate."""
+    """Learning rate over time."""
 
     name: Literal["cosine", "step", "polynomial", "linear"] = "cosine"
-    warmup_epochs: NonNegativeFloat = 5
+    """How the learning rate falls after warm-up."""
+    warmup_epochs: NonNegativeFloat | Auto = "auto"
+    """Epochs in which the learning rate rises to its peak; auto: a tenth of the run, at most 5."""
     warmup_start: Fraction = 0.01
+    """Where the rise begins, as a part of the peak."""
     final: Fraction = 0.0
-    milestones: Annotated[tuple[PositiveFloat, ...], Field(strict=False)] = (30, 60, 80)  # step: epochs
-    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1  # step: factor at each milestone
-    power: PositiveFloat = 2.0  # polynomial
+    """Where the learning rate ends, as a part of the peak."""
+    milestones: Annotated[tuple[PositiveFloat, ...], Field(strict=False)] = (30, 60, 80)
+    """step: epochs after which the learning rate falls."""
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """step: factor at each milestone."""
+    power: PositiveFloat = 2.0
+    """polynomial: the power."""
 
     @model_validator(mode="after")
     def _consistent(self) -> ScheduleConfig:
@@ -168,32 +255,53 @@ class ScheduleConfig(Part):
 
 
 class EmaConfig(Part):
-    """Exponential moving average of weights and batch-norm statistics, updated each ``every`` steps."""
+    """Exponential moving average of weights and batch-norm statistics; ``ema=true`` switches it on."""
 
-    decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
+    decay: Decay | Auto = "auto"
+    """How much of the average stays at an update; auto: it spans a tenth of the run, at most 10,000 steps."""
     every: PositiveInt = 1
+    """Steps between updates."""
 
 
 class CheckpointConfig(Part):
-    """When to save (whichever comes first) and how many files to keep besides the best one."""
+    """When to save, whichever comes first, and how many files to keep besides the best one."""
 
     every_steps: PositiveInt | None = 1000
+    """Save after so many steps."""
+    every_epochs: PositiveFloat | None = 1
+    """Save after so many epochs."""
     every_minutes: PositiveFloat | None = 15
+    """Save after so many minutes."""
     keep: PositiveInt = 3
+    """Checkpoints to keep, besides the best."""
 
 
 class LogConfig(Part):
-    """How often the console, ``metrics.jsonl`` and W&B get a line."""
+    """How often there are numbers."""
 
     every_steps: PositiveInt = 50
+    """Steps from one line in the console, metrics.jsonl and W&B to the next."""
 
 
 class WandbConfig(Part):
     """Weights & Biases. Online without a key becomes offline, said once."""
 
     mode: Literal["online", "offline", "disabled"] = "online"
+    """online, offline or disabled; WANDB_MODE wins."""
     project: Text = "distrib"
+    """Project; WANDB_PROJECT."""
     entity: Text | None = None
+    """User or team; WANDB_ENTITY."""
+    name: Text | None = None
+    """The run's name in W&B; WANDB_NAME; null: run.name."""
+    group: Text | None = None
+    """Group of runs; WANDB_RUN_GROUP."""
+    tags: Names | None = None
+    """Tags; WANDB_TAGS."""
+    notes: Text | None = None
+    """Notes; WANDB_NOTES."""
+    dir: Text | None = None
+    """Where W&B writes; WANDB_DIR; null: the run's folder."""
 
 
 class Config(Part):
@@ -210,6 +318,7 @@ class Config(Part):
     log: LogConfig = LogConfig()
     wandb: WandbConfig = WandbConfig()
     trace: bool = False
+    """Write what each step saw, for comparing runs bit by bit; it makes each step wait for the device."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
@@ -218,8 +327,11 @@ class Config(Part):
             raise ValueError(f"train.micro_batch {train.micro_batch} exceeds train.global_batch {train.global_batch}")
         if train.steps is not None:  # a run cut short keeps its schedule's epochs as they are
             return self
-        if schedule.warmup_epochs > train.epochs:
-            raise ValueError(f"schedule.warmup_epochs {schedule.warmup_epochs:g} exceeds train.epochs {train.epochs:g}")
+        if schedule.warmup_epochs != "auto" and schedule.warmup_epochs > train.epochs:
+            raise ValueError(
+                f"schedule.warmup_epochs {schedule.warmup_epochs:g} exceeds train.epochs {train.epochs:g}; "
+                "schedule.warmup_epochs=auto takes a tenth of the run"
+            )
         late = [m for m in schedule.milestones if m >= train.epochs]
         if schedule.name == "step" and late:
             raise ValueError(f"schedule.milestones {late} lie beyond train.epochs {train.epochs:g}")

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import distributions
 from pathlib import Path
@@ -14,12 +15,17 @@ from typing import Any
 
 from distrib.cli import dump_config
 from distrib.config import Config, UserError
+from distrib.follow import flatten
 from distrib.jsonl import dumps, replace_file
+from distrib.lease import is_lease_file
 
 PACKAGES = ("distrib", "torch", "torchvision", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "wandb")
 PARTS = ("progress", "config", "data", "model", "optimizer", "statistics", "scaler")  # of each checkpoint
 # Another value would make a step mean something else: other images, another network.
-FIXED = ("model", "run.seed", "train.global_batch", "data.size")
+FIXED = (
+    "model.name", "model.num_classes", "model.stem", "model.plain", "run.seed", "train.global_batch", "data.size",
+    "optim.freeze", "optim.head_lr", "optim.layer_decay",
+)  # fmt: skip
 
 
 class RunFolder:
@@ -32,6 +38,24 @@ class RunFolder:
         self.bad_samples = self.path / "bad_samples.jsonl"
         self.trace = self.path / "trace"
         self._summary = self.path / "summary.json"
+
+    def move_aside(self, notify: Callable[[str], None]) -> None:
+        """Moves all that the folder holds, but for the word of who writes it, to a folder beside it with the time.
+
+        Raises:
+            UserError: it cannot be moved.
+        """
+        try:
+            names = [name for name in os.listdir(self.path) if not is_lease_file(name)]
+            if not names:
+                return
+            aside = self.path.with_name(f"{self.path.name}.{time.strftime('%Y-%m-%dT%H-%M-%S')}")
+            aside.mkdir()  # an error where it is there, so that nothing is ever mixed
+            for name in sorted(names, key=lambda name: name != "config.yaml"):
+                (self.path / name).rename(aside / name)
+        except OSError as error:
+            raise UserError(f"cannot move {self.path} aside: {error.strerror}: set run.dir") from None
+        notify(f"--fresh: the earlier run lies in {aside}")
 
     def write_config(self, config: Config) -> None:
         """``config.yaml``: a header with versions, then what ``--config`` reads back to the same run.
@@ -77,9 +101,9 @@ def check_resumable(
     missing = [part for part in PARTS if not isinstance(saved, Mapping) or part not in saved]
     if missing:
         raise UserError(f"{path} has no {missing[0]!r}, so it is no checkpoint of this trainer: move it away")
-    new = _flatten(config.model_dump(mode="json"))
+    new = flatten(config.model_dump(mode="json"))
     # A key that is younger than the checkpoint had the value then that it has by default.
-    old = _flatten(Config().model_dump(mode="json")) | _flatten(saved["config"])
+    old = flatten(Config().model_dump(mode="json")) | flatten(saved["config"])
     changed = {key: (old.get(key), new.get(key)) for key in sorted(old | new) if old.get(key) != new.get(key)}
     for key, (before, now) in changed.items():
         if any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED):
@@ -89,21 +113,12 @@ def check_resumable(
     if saved["data"] != data:
         raise UserError(
             f"the images under data.root are not those that {path} was trained on (files were added, removed or "
-            "renamed): restore them, or choose another run.name"
+            "renamed, or data.classes, data.fraction or data.val_split were changed): restore them, or choose another "
+            "run.name"
         )
     told = [f"{key} {before} → {now}" for key, (before, now) in changed.items() if not key.startswith(("run.", "log."))]
     if told:
         notify(f"changed since {path.name}: {', '.join(told)}")
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _versions() -> list[str]:

@@ -1,14 +1,14 @@
 """The keys of a configuration: which there are, what each takes, and how a value typed on a command line is read.
 
-All of it follows from the annotations in ``distrib.config``; nothing here knows a single key but the table of the names
-that other trainers use.
+All of it follows from the annotations in ``distrib.config``; nothing here knows a single key but the tables of the
+names that other trainers use.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -17,7 +17,7 @@ import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from distrib.config import Config, UserError
+from distrib.config import Auto, Config, UserError, Words
 
 # How torchvision's references, timm and PyTorch's ImageNet example name what has another last name here.
 USUAL_NAMES = {
@@ -47,6 +47,12 @@ USUAL_NAMES = {
     "val_resize_size": "data.eval_resize",
     "wd": "optim.weight_decay",
 }
+# Options that other trainers have and that are no setting here.
+NO_SETTING = {
+    **dict.fromkeys(("resume", "auto_resume", "start_epoch"), "the same command continues the run by itself"),
+    **dict.fromkeys(("gpus", "nproc_per_node", "nnodes", "node_rank"), "it is torchrun's and stands before train.py"),
+    **dict.fromkeys(("local_rank", "dist_url", "world_size"), "start several processes with torchrun"),
+}
 REMARKS = {"train.global_batch": "the whole step's, over all processes"}
 NUMBER_WORDS = {2: "two", 3: "three"}
 TRUE_OR_FALSE = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
@@ -55,13 +61,14 @@ NULL = ("null", "~", "none")
 
 @dataclass(frozen=True)
 class Kind:
-    """What a key takes: one of the four below, null where ``optional``."""
+    """What a key takes: one of the four below, null where ``optional``, and the word auto where ``auto``."""
 
     base: Any  # bool, int, float, str; a Literal; a tuple; or the class of a part
     bounds: tuple[Any, ...] = ()
     optional: bool = False
     default: Any = None
-    words: str | None = None  # the annotation's own description
+    words: str | None = None  # the annotation's own ``Words``
+    auto: bool = False
 
     @property
     def part(self) -> type[BaseModel] | None:
@@ -89,14 +96,14 @@ def find_kind(key: str) -> Kind | None:
 
 def _kind(info: FieldInfo) -> Kind:
     base, bounds = _unwrap(info.annotation)
-    inner = [kind for kind in get_args(base) if kind is not NoneType]
-    optional = get_origin(base) in (Union, UnionType)
-    if optional:
+    members = get_args(base) if get_origin(base) in (Union, UnionType) else ()
+    if members:
+        inner = [kind for kind in members if kind not in (NoneType, Auto)]
         base, more = _unwrap(inner[0] if len(inner) == 1 else Union[tuple(inner)])  # noqa: UP007 - made at run time
         bounds += more
-    default = info.get_default(call_default_factory=True)
-    words = info.description or next((b.description for b in bounds if isinstance(b, FieldInfo)), None)
-    return Kind(base, (*info.metadata, *_flat(bounds)), optional, default, words)
+    metadata = (*info.metadata, *_flat(bounds))
+    words = next((bound.text for bound in metadata if isinstance(bound, Words)), None)
+    return Kind(base, metadata, NoneType in members, info.get_default(), words, Auto in members)
 
 
 def _unwrap(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
@@ -160,7 +167,8 @@ def read_typed(key: str, text: str) -> Any:
     if kind.base is bool:
         return TRUE_OR_FALSE.get(word.lower(), word)
     if get_origin(kind.base) is tuple:
-        return _read_list(word)
+        of_text = _unwrap(get_args(kind.base)[0])[0] is str
+        return _read_list(word, (lambda item: item) if of_text else _read_number)
     return _read_number(word) if kind.base in (int, float) else text
 
 
@@ -175,7 +183,7 @@ def _read_number(word: str) -> Any:
         return word
 
 
-def _read_list(word: str) -> Any:
+def _read_list(word: str, read: Callable[[str], Any]) -> Any:
     for opening, closing in ("[]", "()"):
         if word.startswith(opening) and word.endswith(closing):
             word = word[1:-1]
@@ -183,7 +191,7 @@ def _read_list(word: str) -> Any:
     items = [item.strip() for item in word.split(",")]
     if items[-1] == "":  # of [] and of a last comma
         items.pop()
-    return [_read_number(item) for item in items]
+    return [read(item) for item in items]
 
 
 # Telling
@@ -195,6 +203,14 @@ def describe(key: str) -> str:
     if kind is None:
         return f"{key} is no key"
     return f"{key} takes {_words(key, kind)}"
+
+
+def takes(key: str) -> str:
+    """What ``key`` takes, in a few words."""
+    kind = find_kind(key)
+    assert kind is not None
+    words = _words(key, kind).partition(":")[0]
+    return words.removeprefix("a ").replace(" that is not empty", "").replace(" of at least", " from")
 
 
 def refuse(key: str, value: Any) -> str:
@@ -214,9 +230,10 @@ def show(key: str, value: Any) -> str:
 
 
 def _words(key: str, kind: Kind, value: Any = None) -> str:
-    null = " or null" if kind.optional else ""
+    null = (" or auto" if kind.auto else "") + (" or null" if kind.optional else "")
     if kind.part:
-        return f"keys of its own{null}: {_first_inside(key, kind.part, value)}"
+        switch = "true, false or " if kind.optional else ""
+        return f"{switch}keys of its own{null}: {_first_inside(key, kind.part, value)}"
     if kind.words:
         return kind.words + null
     if kind.base is bool:
@@ -224,7 +241,7 @@ def _words(key: str, kind: Kind, value: Any = None) -> str:
     if kind.base is str:
         return f"text{null}"
     if get_origin(kind.base) is Literal:
-        words = [*get_args(kind.base), *(["null"] if kind.optional else [])]
+        words = [*get_args(kind.base), *(["auto"] if kind.auto else []), *(["null"] if kind.optional else [])]
         return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
     if get_origin(kind.base) is tuple:
         items = get_args(kind.base)

@@ -15,9 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-from distrib.cli import DEFAULT_CONFIG, Parser, load_config
+from distrib.cli import load_config
 from distrib.config import Config, UserError
+from distrib.follow import follow
 from distrib.layout import SPLITS, count_images, look
+from distrib.options import Parser, add_settings
 from distrib.surroundings import ForgivingStream, settle, usable_cores
 from launch.command import (
     EXIT_CODE_FILE,
@@ -62,21 +64,21 @@ def local(argv: list[str], train: Path) -> int:
     parser = Parser(
         prog="python -m launch local",
         description="Train on this machine. The same command again continues the run.",
-        allow_abbrev=False,
     )
     parser.add_argument("--procs", type=_positive, required=True, metavar="N", help="processes: one for each GPU")
-    parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="FILE", help="default: %(default)s")
     parser.add_argument("--dry-run", action="store_true", help="print the command and start nothing")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.epochs=100 optim.lr=0.5")
+    add_settings(parser)
     args = parser.parse_words(argv)
 
     config = load_config(args.config, args.overrides)
     check_batch(config, args.procs)
-    command = build_torchrun(args.procs, args.config, args.overrides, os.environ, usable_cores(), train)
+    asked = [*(["--fresh"] if args.fresh else []), *(["--resume", "must"] if args.resume == "must" else [])]
+    words = [*asked, *args.overrides]
+    command = build_torchrun(args.procs, args.config, words, os.environ, usable_cores(), train)
     if args.dry_run:  # perhaps on a machine that has not the data
         print(command)
         return 0
-    check_data(config)
+    check_data(config, args.procs)
     print(command, flush=True)
     if not train.is_file():
         raise UserError(f"{train} is missing: run `python -m launch` from a checkout of the repository")
@@ -97,18 +99,14 @@ def check_batch(config: Config, procs: int) -> None:
         raise UserError(f"train.global_batch {batch} is smaller than the {procs} processes: raise it, or start fewer")
 
 
-def check_data(config: Config) -> None:
+def check_data(config: Config, procs: int) -> None:
     """Looks at the data's folders, and counts images until there are enough for one batch.
 
     Raises:
-        UserError: the data is not there or does not fit together, or a batch is larger than the data set.
+        UserError: the data is not there or does not fit together, or there are fewer images than processes.
     """
-    batch, found = config.train.global_batch, config.data.synthetic.train
-    if config.data.loader != "synthetic":
-        look(config.data, config.model.num_classes)
-        found = count_images(config.data, SPLITS[0], batch)
-    if found < batch:
-        raise UserError(f"train.global_batch {batch} is larger than the training set of {found} images: lower it")
+    look(config.data, config.model.num_classes)
+    check_batch(follow(config, images=count_images(config.data, SPLITS[0], config.train.global_batch)), procs)
 
 
 def run(command: Command, procs: int, environ: Mapping[str, str]) -> Outcome:

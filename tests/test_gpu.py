@@ -33,6 +33,7 @@ from distrib.engine.prepare import DTYPES, Objective, set_up_device, warm_up, wr
 from distrib.engine.state import TrainState
 from distrib.engine.step import TrainStep
 from distrib.faults import Agreement
+from distrib.layout.splits import Split
 from distrib.models import build_model
 from distrib.optim import Ema, build_optimizer
 from distrib.runtime import Runtime
@@ -120,7 +121,7 @@ def test_network_equals_torchvisions(name: str, training: bool) -> None:
 def test_dali_decodes_on_the_gpu_what_torchvision_decodes(tmp_path: Path) -> None:
     pytest.importorskip("nvidia.dali", reason="DALI is not installed here", exc_type=ImportError)
     root = photos.make(60, cache=tmp_path)
-    train, val = (open_index(root, split, str(tmp_path / "index")) for split in ("train", "val"))
+    train, val = (open_index(Split(split, root / split), str(tmp_path / "index")) for split in ("train", "val"))
     config = {"root": str(root), "size": 96, "eval_resize": 110, "eval_size": 96, "workers": 2}
     dali, workers = (
         build_loader(DataConfig.model_validate({**config, "loader": name}), (train, val), 10, DEVICE)
@@ -154,7 +155,10 @@ def test_the_gpus_decoder_makes_chroma_as_libjpeg_does(tmp_path: Path) -> None:
         file = tmp_path / split / "squares" / "0.jpg"
         Image.fromarray(pixels.numpy()).save(file, quality=95, subsampling=2)
     config = {"root": str(tmp_path), "eval_resize": 240, "eval_size": 240, "eval_batch": 1, "workers": 1}
-    indexes = open_index(tmp_path, "train", str(tmp_path)), open_index(tmp_path, "val", str(tmp_path))
+    indexes = (
+        open_index(Split("train", tmp_path / "train"), str(tmp_path)),
+        open_index(Split("val", tmp_path / "val"), str(tmp_path)),
+    )
     batches = []
     for name in ("dali", "torchvision"):
         loader = build_loader(DataConfig.model_validate({**config, "loader": name}), indexes, 1, DEVICE)

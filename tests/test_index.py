@@ -26,6 +26,7 @@ from distrib.data import open_data, staging
 from distrib.data.index import Damaged, Index, open_index
 from distrib.faults import Interrupted
 from distrib.layout import cache_dir, folders
+from distrib.layout.splits import Split
 
 CLASSES = ("ant", "bee", "Çicada", "élan 蝶")
 
@@ -53,7 +54,7 @@ def root(tmp_path: Path) -> Path:
 
 def opened(root: Path, split: str = "train", index_dir: Path | None = None) -> tuple[Index, list[str]]:
     said: list[str] = []
-    return open_index(root, split, str(index_dir) if index_dir else None, said.append), said
+    return open_index(Split(split, root / split), str(index_dir) if index_dir else None, said.append), said
 
 
 def config(root: Path | str, **other: object) -> DataConfig:
@@ -235,7 +236,7 @@ def test_an_older_versions_index_is_left_alone(root: Path) -> None:
 def test_one_rank_of_a_machine_reads_all_of_it(root: Path) -> None:
     index, _ = opened(root)
     flip(index.folder / "paths.npy", 131)
-    assert open_index(root, "train", verify=False).folder == index.folder
+    assert open_index(Split("train", root / "train"), verify=False).folder == index.folder
     said: list[str] = []
     indexes = open_data(config(root), 4, said.append, verify=True)
     assert "damaged" in said[0]
@@ -429,7 +430,7 @@ def test_index_dir_may_begin_with_a_tilde(root: Path, tmp_path: Path, monkeypatc
 def _build(root: Path, gate: object, answers: object) -> None:
     try:
         gate.wait()  # type: ignore[attr-defined]
-        index = open_index(root, "train")
+        index = open_index(Split("train", root / "train"))
         good = all(index.path(k).is_file() for k in range(len(index)))
         answers.put((len(index), good, index.fingerprint))  # type: ignore[attr-defined]
     except BaseException as error:
@@ -441,7 +442,7 @@ def test_processes_that_build_at_once_all_get_a_good_index(root: Path, stale: bo
     fork = multiprocessing.get_context("fork")
     for attempt in range(8):
         if stale:
-            open_index(root, "train")
+            open_index(Split("train", root / "train"))
             shutil.copy(root / "train/ant/bild_0 ü.JPEG", root / f"train/ant/new{attempt}.jpg")
         else:
             shutil.rmtree(cache_dir(), ignore_errors=True)

@@ -15,19 +15,21 @@ LAYERS = (
     ("train", "distrib.tools"),
     ("distrib.engine", "distrib.checkpoint", "distrib.folder", "distrib.log", "distrib.metrics"),
     ("distrib.data", "distrib.models", "distrib.optim", "distrib.augment"),
-    ("distrib.runtime",),
+    ("distrib.runtime", "distrib.entry"),
     ("distrib.lease",),
     ("distrib.faults", "distrib.jsonl"),
     ("distrib.layout", "distrib.place", "distrib.surroundings"),
-    ("distrib.cli",),
-    ("distrib.keys",),
+    ("distrib.cli", "distrib.options"),
+    ("distrib.keys", "distrib.follow"),
     ("distrib.config",),
     ("distrib",),  # the package itself: its version
 )
 DEPTH = {unit: depth for depth, layer in enumerate(LAYERS) for unit in layer}
 APART = ("distrib.tools",)  # programs, each a module or a sub-package, that do not import each other either
-LAUNCH_MAY = ("distrib.config", "distrib.cli", "distrib.layout", "distrib.surroundings")
-WITHOUT_TORCH = ("launch", "distrib", "distrib.keys", *LAUNCH_MAY)  # a login node has none
+LAUNCH_MAY = (
+    "distrib.config", "distrib.cli", "distrib.follow", "distrib.layout", "distrib.options", "distrib.surroundings",
+)  # fmt: skip
+WITHOUT_TORCH = ("launch", "distrib", "distrib.keys", "distrib.entry", *LAUNCH_MAY)  # a login node has none
 AGENT = "launch.agent"  # the one exception: a program that stands in for torchrun, started only where torch is
 OURS = ("distrib", "launch", "train", "tests", "benchmarks")
 

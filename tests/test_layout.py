@@ -20,6 +20,7 @@ from distrib.data import index as index_module
 from distrib.data import open_data
 from distrib.data.index import Index, open_index
 from distrib.layout import SAMPLE, cache_dir, count_images, data_root, folders, look
+from distrib.layout.splits import Split
 
 CLASSES = ("ant", "bee", "cow")
 
@@ -279,7 +280,7 @@ def test_the_same_pictures_as_imagefolder(root: Path, tmp_path: Path) -> None:
     (root / "train" / "linked").symlink_to(away / "inner")
     (tmp_path / "data2").mkdir()
     (tmp_path / "data2" / "train").symlink_to(root / "train")
-    index = open_index(tmp_path / "data2", "train")
+    index = open_index(Split("train", tmp_path / "data2" / "train"))
     theirs = ImageFolder(str(tmp_path / "data2" / "train"))
     assert [(str(index.path(k)), int(index.labels[k])) for k in range(len(index))] == theirs.samples
     assert index.classes == theirs.classes
@@ -291,7 +292,7 @@ def test_hidden_ones_are_passed_over(root: Path) -> None:
         folder.mkdir()
         (folder / "x.jpg").touch()
     (root / "train" / "ant" / "._1.jpg").touch()
-    index = open_index(root, "train")
+    index = open_index(Split("train", root / "train"))
     assert len(index) == 9
     assert index.classes == list(CLASSES)
 
@@ -314,7 +315,7 @@ def test_what_is_no_file_is_passed_over_with_one_line(root: Path, tmp_path: Path
     (ant / "self.jpg").symlink_to("self.jpg")
     os.mkfifo(ant / "no picture")
     said: list[str] = []
-    index = open_index(root, "train", notify=said.append)
+    index = open_index(Split("train", root / "train"), notify=said.append)
     assert [name for name in names(index) if "/0" not in name and "/1" not in name and "/2" not in name] == [
         "ant/gone.jpg",  # the loader names them
         "ant/self.jpg",
@@ -343,7 +344,9 @@ def cross(root: Path) -> None:
 )  # fmt: skip
 def test_loops_end(root: Path, make: Callable[[Path], None]) -> None:
     make(root)
-    assert names(open_index(root, "train")) == [f"{name}/{k}.jpg" for name in CLASSES for k in range(3)]
+    assert names(open_index(Split("train", root / "train"))) == [
+        f"{name}/{k}.jpg" for name in CLASSES for k in range(3)
+    ]
     assert count_images(config(root), "train", 100) == 9
 
 
@@ -367,7 +370,7 @@ def test_a_disk_away_for_a_moment(root: Path, place: str, number: int, monkeypat
     (root / "train/bee/below").mkdir()
     (root / "train/bee/below/4.jpg").touch()
     left = failing(monkeypatch, root / place, number, 2)
-    assert len(open_index(root, "train")) == 10
+    assert len(open_index(Split("train", root / "train"))) == 10
     assert left == [0]
 
 
@@ -378,7 +381,10 @@ def test_a_class_that_cannot_be_read_is_not_an_empty_one(
 ) -> None:
     (root / "train/bee/below").mkdir()
     failing(monkeypatch, root / place, number, 10**6)
-    for call in (open_index, lambda root, split: count_images(config(root), split, 100)):
+    for call in (
+        lambda root, split: open_index(Split(split, root / split)),
+        lambda root, split: count_images(config(root), split, 100),
+    ):
         with pytest.raises(UserError) as error:
             call(root, "train")
         assert str(error.value) == f"cannot read {root / place}: {os.strerror(number)} (data.root)"
@@ -389,14 +395,14 @@ def test_a_class_that_cannot_be_read_is_not_an_empty_one(
 def test_a_link_to_a_folder_that_is_away(root: Path, place: str) -> None:
     (root / place).symlink_to("/mnt/away/folder")
     with pytest.raises(UserError) as error:
-        open_index(root, "train")
+        open_index(Split("train", root / "train"))
     assert str(error.value) == f"cannot read {root / place}: No such file or directory (data.root)"
 
 
 def described(root: Path, index_dir: Path) -> tuple[int, list[object]]:
     """How often building was told, and all that a process makes of names."""
     said: list[str] = []
-    index = open_index(root, "train", str(index_dir), said.append)
+    index = open_index(Split("train", root / "train"), str(index_dir), said.append)
     paths = [os.fsencode(index.path(k)) for k in range(len(index))]
     assert paths == [index.encoded_path(k) for k in range(len(index))]
     assert all(os.path.isfile(index.path(k)) for k in range(len(index)))

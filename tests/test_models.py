@@ -28,7 +28,7 @@ def _repeatable() -> Iterator[None]:
 
 
 def build(name: str, **settings: Any) -> nn.Module:
-    return build_model(ModelConfig(name=name, **settings))
+    return build_model(ModelConfig(name=name, **{"num_classes": 1000, **settings}))
 
 
 def theirs(name: str, **settings: Any) -> nn.Module:

@@ -182,11 +182,11 @@ def test_no_network_is_too_deep_for_an_image_of_one_pixel(name: str) -> None:
 
 
 def test_a_norm_that_does_not_train_needs_no_variance() -> None:
-    check_batch_norm(build_model(ModelConfig(name="resnet18")).eval(), 1, 32)
+    check_batch_norm(build_model(ModelConfig(name="resnet18", num_classes=1000)).eval(), 1, 32)
 
 
 def test_two_slices_of_different_size_are_judged_by_the_smaller() -> None:
     plan = TrainPlan(100, 7, 0, rank=1, world=2, accumulation=3)  # 1, 1, 1 and 1, 1, 2
     assert (plan.smallest_slice, plan.largest_slice) == (1, 2)
     with pytest.raises(UserError, match="single value a channel"):
-        check_batch_norm(build_model(ModelConfig(name="resnet18")), plan.smallest_slice, 32)
+        check_batch_norm(build_model(ModelConfig(name="resnet18", num_classes=1000)), plan.smallest_slice, 32)

@@ -265,7 +265,10 @@ def test_a_step_does_not_wait_for_the_device(dtype: torch.dtype, clip: float | N
     plan = TrainPlan(IMAGES, 8, 0, accumulation=2)
     batches = [[b._replace(images=b.images.to(device), labels=b.labels.to(device)) for b in make_batches(plan, 0)]] * 6
     scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
-    optimizer, ema = build_optimizer(objective.network, OptimConfig(), 0.1), Ema(objective.network, EmaConfig())
+    optimizer, ema = (
+        build_optimizer(objective.network, OptimConfig(), 0.1),
+        Ema(objective.network, EmaConfig(decay=0.9999)),
+    )
     step = make_step(objective, None, optimizer, plan, scaler=scaler, ema=ema, clip_grad_norm=clip)
     for i in range(3):
         step(batches[i], i, 0.1)

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-from distrib.config import DataConfig
+from distrib.config import Auto, DataConfig
 from distrib.data import sample, waiting
 from distrib.data.index import Index, open_index
 from distrib.data.loader import Batch, Loader
 from distrib.data.order import EvalPlan, TrainPlan
 from distrib.data.quarantine import Quarantine
 from distrib.data.synthetic import SyntheticLoader
-from distrib.layout import SAMPLE, SPLITS, data_root, look
+from distrib.layout import SAMPLE, data_root, find_splits, look
 from distrib.surroundings import usable_cores
 
 __all__ = ["Batch", "EvalPlan", "Index", "Loader", "TrainPlan", "build_loader", "open_data"]
@@ -22,7 +22,7 @@ __all__ = ["Batch", "EvalPlan", "Index", "Loader", "TrainPlan", "build_loader", 
 
 def open_data(
     cfg: DataConfig,
-    classes: int,
+    classes: int | Auto = "auto",
     notify: Callable[[str], None] = lambda text: None,
     stop: Callable[[], bool] = lambda: False,
     verify: bool = True,
@@ -39,11 +39,13 @@ def open_data(
     if cfg.loader == "synthetic":
         return None
     look(cfg, classes)
-    root = data_root(cfg)
     if cfg.root == SAMPLE:
-        sample.unpack(root, notify, verify)
-    train, val = (open_index(root, split, cfg.index_dir, notify, stop, verify) for split in SPLITS)
-    notify(f"train/: {len(train):,} images, val/: {len(val):,} images, {len(train.classes)} classes")
+        sample.unpack(data_root(cfg), notify, verify)
+    splits = find_splits(cfg)
+    train, val = (open_index(split, cfg.index_dir, notify, stop, verify) for split in splits)
+    held_out = splits[1].held_out
+    of_train = "" if held_out is None else f" ({100 * held_out:g} % of each class are held out: data.val_split)"
+    notify(f"training: {len(train):,} images, validation: {len(val):,}{of_train}, {len(train.classes)} classes")
     return train, val
 
 
@@ -71,7 +73,7 @@ def build_loader(
     if indexes is None:
         return SyntheticLoader(cfg, classes, device)
     once = notify_once or notify
-    workers = max(1, usable_cores() // local_ranks) if cfg.workers is None else cfg.workers
+    workers = max(1, usable_cores() // local_ranks) if cfg.workers is None or cfg.workers == "auto" else cfg.workers
     patience = waiting.ALONE if ranks == 1 else waiting.TOGETHER
     train, val = (
         (

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from nvidia.dali import fn, pipeline_def, types
 
-from distrib.config import DataConfig, UserError
+from distrib.config import DataConfig, UserError, settled
 from distrib.data.ahead import ReadAhead, Rows
 from distrib.data.decode import ContentError, decode, plain_shape, to_ppm
 from distrib.data.draws import centre_boxes, crop_boxes, draws, flips
@@ -163,10 +163,10 @@ class _EvalFeeder(_Feeder):
 
     def __init__(self, plan: EvalPlan, *args: Any) -> None:
         super().__init__(iter(plan.slices()), *args)
-        self.size = self.cfg.eval_size
+        self.size = settled(self.cfg.eval_size)
 
     def feed(self, part: Slice, pictures: list[_Picture]) -> Feed:
-        resized, top_left = centre_boxes(_sizes(pictures), self.cfg.eval_resize, self.cfg.eval_size)
+        resized, top_left = centre_boxes(_sizes(pictures), settled(self.cfg.eval_resize), self.size)
         return [picture.file for picture in pictures], resized.astype(np.float32), top_left.astype(np.float32)
 
 

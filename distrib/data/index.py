@@ -18,7 +18,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,9 @@ import numpy.typing as npt
 from distrib.config import UserError
 from distrib.data.staging import discard, staged, sweep, write_file
 from distrib.faults import Interrupted
-from distrib.layout import check_writable, class_folders, index_base
+from distrib.layout import check_writable, class_names, index_base
 from distrib.layout.folders import as_utf8, patiently, reason, shown, unreadable, walk, without_images
+from distrib.layout.splits import Split
 
 VERSION = 2
 SCRATCH = ".index-"
@@ -132,23 +133,22 @@ class Index:
 class Listing:
     """A split's pictures. Stamps are the modification times of folders, in ns."""
 
-    root: Path
+    split: Split
     classes: list[bytes]
     stamps: list[int]  # of the class folders
     nested: dict[str, int]  # of the folders below them
-    paths: list[bytes]  # relative to ``root``
+    paths: list[bytes]  # relative to the split's folder
     labels: npt.NDArray[np.int32]  # [n]
 
 
 def open_index(
-    root: Path,
-    split: str,
+    split: Split,
     index_dir: str | None = None,
     notify: Notify = lambda text: None,
     stop: Callable[[], bool] = lambda: False,
     verify: bool = True,
 ) -> Index:
-    """Opens the index of ``root/split``, building it first where there is none or folders have changed since.
+    """Opens a split's index, building it first where there is none or folders have changed since.
 
     Args:
         verify: whether to check the whole index, which reads it: for one process of each machine.
@@ -157,17 +157,17 @@ def open_index(
         UserError: the folder is missing, has no class folders, or one of them holds no image.
         Interrupted: ``stop()`` while the folders were listed.
     """
-    source = root.absolute() / split
-    classes = class_folders(source)
+    split = replace(split, source=split.source.absolute())
+    source, classes = split.source, class_names(split)
     base = index_base(index_dir)
     sweep(base, SCRATCH)
     # Adding or removing a file changes its folder's time: one stat a folder tells, not one a file.
     try:
         prefix = os.fsencode(source) + b"/"
-        key = _key(source, classes, [_stamp(prefix + name) for name in classes])
+        key = _key(split, classes, [_stamp(prefix + name) for name in classes])
     except OSError as error:
         raise unreadable(source, error) from None
-    for folder in sorted(base.glob(f"{split}-{key}-*")):
+    for folder in sorted(base.glob(f"{split.name}-{key}-*")):
         try:
             index = patiently(Index, folder, verify)
         except Damaged as error:
@@ -180,11 +180,11 @@ def open_index(
         if index.root == source and index.is_fresh():
             return index
     check_writable(base, WAY_OUT)  # before a million files are listed
-    return write_index(base, split, list_images(source, classes, notify, stop))
+    return write_index(base, list_images(split, classes, notify, stop))
 
 
 def list_images(
-    source: Path,
+    split: Split,
     classes: list[bytes],
     notify: Notify = lambda text: None,
     stop: Callable[[], bool] = lambda: False,
@@ -192,9 +192,10 @@ def list_images(
     """Lists the pictures of a split in ImageFolder's order: by class, folder and name.
 
     Raises:
-        UserError: a folder cannot be read, or a class has no picture.
+        UserError: a folder cannot be read, or a class has no picture, or too few for the split.
         Interrupted: ``stop()`` between two folders.
     """
+    source = split.source
     notify(f"indexing {shown(source)}: {len(classes)} classes, once")
     stamps: list[int] = []
     nested: dict[str, int] = {}
@@ -210,11 +211,14 @@ def list_images(
             folders.append(folder)
         stamps.append(folders[0].stamp)
         nested.update({as_utf8(folder.path): folder.stamp for folder in folders[1:]})
-        before = len(paths)
+        pictures: list[bytes] = []
         for folder in sorted(folders, key=lambda folder: as_utf8(folder.path)):
-            paths += [folder.path + b"/" + file for file in folder.pictures]
+            pictures += [folder.path + b"/" + file for file in folder.pictures]
             odd += [folder.path + b"/" + file for file in folder.odd]
-        counts.append(len(paths) - before)
+        if pictures:
+            pictures = split.choose(pictures, name)
+        paths += pictures
+        counts.append(len(pictures))
         if time.monotonic() - told > PROGRESS:
             told = time.monotonic()
             notify(f"indexing {shown(source)}: {k + 1} of {len(classes)} classes, {len(paths):,} images")
@@ -227,10 +231,10 @@ def list_images(
             f"twice); the first: {shown(odd[0])}"
         )
     labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
-    return Listing(source, classes, stamps, nested, paths, labels)
+    return Listing(split, classes, stamps, nested, paths, labels)
 
 
-def write_index(base: Path, split: str, listing: Listing) -> Index:
+def write_index(base: Path, listing: Listing) -> Index:
     """Writes an index below ``base``.
 
     All that it was made from is in its folder's name, so that an index is never replaced under a process that reads
@@ -242,12 +246,13 @@ def write_index(base: Path, split: str, listing: Listing) -> Index:
     offsets = np.zeros(len(listing.paths) + 1, dtype=np.int64)
     np.cumsum([len(path) for path in listing.paths], out=offsets[1:])
     paths = np.frombuffer(b"".join(listing.paths), dtype=np.uint8)
-    root, classes = as_utf8(os.fsencode(listing.root)), [as_utf8(name) for name in listing.classes]
+    split = listing.split
+    root, classes = as_utf8(os.fsencode(split.source)), [as_utf8(name) for name in listing.classes]
     meta = {"version": VERSION, "root": root, "classes": classes, "nested": listing.nested}
     meta["fingerprint"], _ = _sums(paths, offsets, listing.labels, meta)
     _, meta["checksum"] = _sums(paths, offsets, listing.labels, meta)
-    key = _key(listing.root, listing.classes, listing.stamps)
-    folder = base / f"{split}-{key}-{_short(listing.nested, meta['fingerprint'])}"
+    key = _key(split, listing.classes, listing.stamps)
+    folder = base / f"{split.name}-{key}-{_short(listing.nested, meta['fingerprint'])}"
 
     def sound() -> bool:
         try:
@@ -272,8 +277,9 @@ def _stamp(folder: bytes) -> int:
     return patiently(os.stat, folder).st_mtime_ns
 
 
-def _key(source: Path, classes: list[bytes], stamps: list[int]) -> str:
-    return _short(VERSION, as_utf8(os.fsencode(source)), [as_utf8(name) for name in classes], stamps)
+def _key(split: Split, classes: list[bytes], stamps: list[int]) -> str:
+    names = [as_utf8(name) for name in classes]
+    return _short(VERSION, as_utf8(os.fsencode(split.source)), names, stamps, *split.key())
 
 
 def _short(*parts: object) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from distrib.config import DataConfig
+from distrib.config import DataConfig, settled
 from distrib.data.loader import Batch
 from distrib.data.order import EvalPlan, Slice, TrainPlan
 
@@ -24,7 +24,7 @@ class SyntheticLoader:
 
     def evaluate(self, plan: EvalPlan) -> Iterator[Batch]:
         """The batches of this rank's share of the validation images."""
-        return self._batches(plan.slices(), plan.batch, self._cfg.eval_size)
+        return self._batches(plan.slices(), plan.batch, settled(self._cfg.eval_size))
 
     def _batches(self, slices: Iterable[Slice], largest: int, size: int) -> Iterator[Batch]:
         if self._pool.shape[:1] != (largest,) or self._pool.shape[-1] != size:

@@ -24,7 +24,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision.transforms.v2 import functional as F
 
-from distrib.config import DataConfig
+from distrib.config import DataConfig, settled
 from distrib.data.decode import ContentError, decode, jpeg_shape
 from distrib.data.draws import crop_boxes, draws, flips
 from distrib.data.fetch import Bad, Fetcher
@@ -131,7 +131,7 @@ class _TrainSlices(_Slices):
 class _EvalSlices(_Slices):
     def __init__(self, plan: EvalPlan, *args: Any) -> None:
         super().__init__(*args)
-        self._slices, self.size = plan.slices(), self._cfg.eval_size
+        self._slices, self.size = plan.slices(), settled(self._cfg.eval_size)
 
     def __len__(self) -> int:
         return len(self._slices)
@@ -140,7 +140,7 @@ class _EvalSlices(_Slices):
         return self._slices[item]
 
     def transform(self, part: Slice, rows: list[Row]) -> Callable[[int, torch.Tensor], torch.Tensor]:
-        resize, crop = [self._cfg.eval_resize], [self.size, self.size]
+        resize, crop = [settled(self._cfg.eval_resize)], [self.size, self.size]
         return lambda row, image: F.center_crop(F.resize(image, resize, antialias=True), crop)
 
     def labels(self, part: Slice, read: Ids) -> npt.NDArray[Any]:

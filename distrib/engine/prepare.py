@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from distrib.config import TrainConfig, UserError
+from distrib.config import TrainConfig, UserError, settled
 from distrib.runtime import Runtime
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
@@ -144,7 +144,7 @@ def wrap(objective: Objective, cfg: TrainConfig, runtime: Runtime, backend: Comp
             **options,
         )
     module: Any = ddp if ddp is not None else objective
-    return (torch.compile(module, dynamic=False, backend=backend) if cfg.compile else module), ddp
+    return (torch.compile(module, dynamic=False, backend=backend) if settled(cfg.compile) else module), ddp
 
 
 def warm_up(call: Any, ddp: Any, objective: Objective, slices: Sequence[int], size: int, device: torch.device) -> None:

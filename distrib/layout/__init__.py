@@ -11,8 +11,10 @@ import pwd
 import tempfile
 from pathlib import Path
 
-from distrib.config import DataConfig, UserError
+from distrib.cli import ROOT
+from distrib.config import Auto, DataConfig, UserError
 from distrib.layout.folders import as_utf8, patiently, reason, scan, shown, unreadable, walk, without_images
+from distrib.layout.splits import FOLDERS, HELD_OUT, WNID, Split, check_classes, folders_of
 
 SPLITS = ("train", "val")
 
@@ -26,8 +28,7 @@ SAMPLE_CLASSES = (
 
 FEW = 10  # class folders that are looked into to explain a mistake
 
-_LAYOUT = "data.root must hold train/ and val/ with a folder a class"
-_OTHER_NAMES = {"train": ("training",), "val": ("validation", "valid", "test")}
+_LAYOUT = "data.root must hold train/ and val/ with a folder a class, or class folders alone"
 _SORT_TINY = "while read f c _; do mkdir -p $c; mv images/$f $c; done < val_annotations.txt; rmdir images"
 
 
@@ -63,37 +64,82 @@ def data_root(cfg: DataConfig) -> Path:
     if "${" in cfg.root:
         raise UserError(
             f"data.root is {cfg.root!r} and that variable is not set: set IMAGENET_DIR to the folder that holds "
-            "train/ and val/, or train the built-in sample: --config configs/quickstart.yaml"
+            "train/ and val/, give one's own pictures (--data DIR), or train the built-in sample: --config "
+            "configs/quickstart.yaml"
         )
-    return cache_dir() / "fashion-mnist-10k" if cfg.root == SAMPLE else _expand(cfg.root, "data.root")
+    if cfg.root == SAMPLE:
+        return cache_dir() / "fashion-mnist-10k"
+    root = _expand(cfg.root, "data.root")
+    # As configurations are: from any working directory.
+    return root if root.is_absolute() or os.path.lexists(root) or not os.path.lexists(ROOT / root) else ROOT / root
 
 
-def look(cfg: DataConfig, classes: int) -> None:
+def find_splits(cfg: DataConfig) -> tuple[Split, Split]:
+    """The training and the validation split below ``data.root``; where there is no val/, shares of train/'s classes.
+
+    Raises:
+        UserError: there are none, or ``data.classes`` names one that is not there.
+    """
+    root = data_root(cfg).absolute()
+    found: dict[str, Path | None] = (
+        {split: root / split for split in SPLITS} if cfg.root == SAMPLE else folders_of(root)
+    )
+    train, val = found["train"], found["val"]
+    if train is None:
+        raise UserError(_missing(root / "train"))
+    share = cfg.val_split
+    if share == "auto":
+        share = HELD_OUT if val is None else None
+        if val is None and all(WNID.fullmatch(name) for name in class_folders(train)):
+            raise UserError(
+                f"{_missing(root / 'val')}; data.val_split={HELD_OUT:g} would validate on a part of {shown(train)}"
+            )
+    if share is not None:
+        val = train
+    if val is None:
+        raise UserError(_missing(root / "val"))
+    if cfg.classes is not None and cfg.root != SAMPLE:
+        check_classes(cfg.classes, class_folders(train), train)
+    elif cfg.classes is not None:
+        check_classes(cfg.classes, [name.encode() for name in SAMPLE_CLASSES], train)
+    return (
+        Split("train", train, cfg.classes, share, cfg.fraction),
+        Split("val", val, cfg.classes, share),
+    )
+
+
+def look(cfg: DataConfig, classes: int | Auto = "auto") -> int | None:
     """Finds what is wrong with the data before anything is listed, from the two splits' own folders alone.
+
+    Returns:
+        How many classes there are; None for synthetic data.
 
     Raises:
         UserError: the data is not there or does not fit together, ``classes`` is not what it holds, or there is neither
             an index nor a place to write one.
     """
     if cfg.loader == "synthetic":
-        return
+        return None
     root = data_root(cfg).absolute()
+    train, val = find_splits(cfg)
     if cfg.root == SAMPLE:
-        found = len(SAMPLE_CLASSES)
+        found = len(cfg.classes or SAMPLE_CLASSES)
         if not root.exists():
             check_writable(root.parent, "set XDG_CACHE_HOME")
     else:
-        train, val = (class_folders(root / split) for split in SPLITS)
-        _check_same(root, train, val)
-        found = len(train)
-    if found != classes:
+        names = class_names(train)
+        if val.source != train.source:
+            _check_same(train.source, val.source, names, class_names(val))
+        found = len(names)
+    if classes not in ("auto", found):
         raise UserError(
-            f"model.num_classes is {classes}, but {shown(root)} has {found} class folders: "
-            f"set model.num_classes={found}"
+            f"model.num_classes is {classes}, but {shown(root)} has {found} class folders: set "
+            f"model.num_classes={found}, or leave it out: it follows"
         )
     base = index_base(cfg.index_dir)
     if not all(any(base.glob(f"{split}-*")) for split in SPLITS):  # a read-only one serves, too
         check_writable(base, "set data.index_dir")
+    return found
 
 
 def count_images(cfg: DataConfig, split: str, limit: int) -> int:
@@ -104,16 +150,31 @@ def count_images(cfg: DataConfig, split: str, limit: int) -> int:
     """
     if cfg.loader == "synthetic":
         return min(limit, cfg.synthetic.train if split == "train" else cfg.synthetic.val)
-    root = data_root(cfg).absolute()
+    chosen = find_splits(cfg)[SPLITS.index(split)]
     if cfg.root == SAMPLE:
-        return min(limit, SAMPLE_IMAGES[split])
+        each = SAMPLE_IMAGES[split] // len(SAMPLE_CLASSES)
+        return min(limit, sum(chosen.count(each, name.encode()) for name in chosen.classes or SAMPLE_CLASSES))
     count = 0
-    for name in class_folders(root / split):
-        for folder in walk(root / split, name):
-            count += len(folder.pictures)
-            if count >= limit:
+    for name in class_names(chosen):
+        pictures = 0
+        for folder in walk(chosen.source, name):
+            pictures += len(folder.pictures)
+            if chosen.is_whole and count + pictures >= limit:
                 return limit
+        count += chosen.count(pictures, name)
+        if count >= limit:
+            return limit
     return count
+
+
+def class_names(split: Split) -> list[bytes]:
+    """The class folders of a split that count, in the order of the labels.
+
+    Raises:
+        UserError: they cannot be read, or there are none.
+    """
+    names = class_folders(split.source)
+    return names if split.classes is None else [name for name in names if as_utf8(name) in split.classes]
 
 
 def class_folders(source: Path) -> list[bytes]:
@@ -175,9 +236,9 @@ def _expand(path: str, key: str) -> Path:
         raise UserError(f"{key} is {shown(path)}, and there is no such home: write the folder out") from None
 
 
-def _check_same(root: Path, train: list[bytes], val: list[bytes]) -> None:
+def _check_same(here: Path, there: Path, train: list[bytes], val: list[bytes]) -> None:
     """Labels are positions in the sorted class folders, so both splits must hold the same ones."""
-    sides = ((root / "train", root / "val", train, val), (root / "val", root / "train", val, train))
+    sides = ((here, there, train, val), (there, here, val, train))
     for here, there, names, others in sides:
         only = sorted(set(names) - set(others), key=as_utf8)
         if only:
@@ -197,7 +258,7 @@ def _missing(source: Path) -> str:
     hint = ""
     with contextlib.suppress(OSError):
         names = sorted(os.listdir(root))
-        other = next((name for name in names if name.lower() in (split, *_OTHER_NAMES[split])), None)
+        other = next((name for name in names if name.lower() in FOLDERS[split]), None)
         if (root / "ILSVRC" / "Data" / "CLS-LOC").is_dir():
             hint = f"; there is ILSVRC/Data/CLS-LOC: set data.root={shown(root / 'ILSVRC' / 'Data' / 'CLS-LOC')}"
         elif other:

@@ -17,7 +17,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional
 
-from distrib.config import ModelConfig, UserError
+from distrib.config import ModelConfig, UserError, settled
 
 
 def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
@@ -217,4 +217,4 @@ def build_model(cfg: ModelConfig) -> nn.Module:
         near = difflib.get_close_matches(cfg.name.lower(), MODEL_NAMES, n=1, cutoff=0.75)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(MODEL_NAMES)}"
         raise UserError(f"model.name {cfg.name!r} is not a network; {hint}")
-    return ResNet(ARCHITECTURES[cfg.name], cfg.num_classes, cfg.stem, cfg.plain, cfg.zero_init_residual)
+    return ResNet(ARCHITECTURES[cfg.name], settled(cfg.num_classes), cfg.stem, cfg.plain, cfg.zero_init_residual)

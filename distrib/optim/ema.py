@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from distrib.config import EmaConfig
+from distrib.config import EmaConfig, settled
 
 
 class Ema:
     """Keeps average = decay · average + (1 - decay) · value for every floating-point tensor of the model's state."""
 
     def __init__(self, model: nn.Module, cfg: EmaConfig) -> None:
-        self.every, self._step_size = cfg.every, 1 - cfg.decay
+        self.every, self._step_size = cfg.every, 1 - settled(cfg.decay)
         self._model = model
         live = model.state_dict()
         self.average = {k: v.detach().clone() for k, v in live.items() if v.is_floating_point()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from distrib.config import ScheduleConfig
+from distrib.config import ScheduleConfig, settled
 
 
 def build_schedule(cfg: ScheduleConfig, peak: float, steps_per_epoch: int, total_steps: int) -> Callable[[int], float]:
@@ -15,7 +15,7 @@ def build_schedule(cfg: ScheduleConfig, peak: float, steps_per_epoch: int, total
     proper begins. Cosine is Loshchilov and Hutter 2016 (arXiv 1608.03983, without restarts), step is Goyal et al.
     2017: milestones count from the run's first step. All but step end at ``final`` times ``peak``.
     """
-    warmup = round(cfg.warmup_epochs * steps_per_epoch)
+    warmup = round(settled(cfg.warmup_epochs) * steps_per_epoch)
     milestones = [round(epoch * steps_per_epoch) for epoch in cfg.milestones]
 
     def lr(step: int) -> float:

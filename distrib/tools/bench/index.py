@@ -25,6 +25,7 @@ from distrib.data.draws import crop_boxes, draws, flips
 from distrib.data.index import Index, list_images, open_index, write_index
 from distrib.data.order import TrainPlan
 from distrib.layout import class_folders
+from distrib.layout.splits import Split
 from distrib.tools.bench.report import Report, in_fresh_process, positive
 
 CLASSES = 1000
@@ -87,10 +88,10 @@ def make_up(folder: Path, files: int) -> Path:
         (source / class_name(k) / "0.JPEG").touch()
         # Old, as a data set is: what changed a moment ago is waited for.
         os.utime(source / class_name(k), (0, 0))
-    listing = list_images(source, class_folders(source))
+    listing = list_images(Split("train", source), class_folders(source))
     paths = [file_name(k, files).encode() for k in range(files)]
     labels = np.array([k * classes // files for k in range(files)], dtype=np.int32)
-    return write_index(folder / "index", "train", replace(listing, paths=paths, labels=labels)).folder
+    return write_index(folder / "index", replace(listing, paths=paths, labels=labels)).folder
 
 
 def class_name(number: int) -> str:
@@ -125,7 +126,8 @@ def open_and_step(settings: dict[str, Any]) -> dict[str, float]:
     cfg = DataConfig()
     before, own_before = resident()
     began = time.perf_counter()
-    place = Path(settings["folder"]) / "data", "train", str(Path(settings["folder"]) / "index")
+    folder = Path(settings["folder"])
+    place = Split("train", folder / "data" / "train"), str(folder / "index")
     index = open_index(*place, verify=False)
     opened = time.perf_counter() - began
     if len(index) != settings["files"]:

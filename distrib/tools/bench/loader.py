@@ -21,6 +21,7 @@ from distrib.config import DataConfig
 from distrib.data import Index, TrainPlan, build_loader, sample
 from distrib.data.index import open_index
 from distrib.layout import SAMPLE, data_root
+from distrib.layout.splits import Split
 from distrib.runtime import start
 from distrib.tools.bench import photos
 from distrib.tools.bench.report import Report, cores, has_dali, in_fresh_process, positive
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     root = photos.make(args.photos) if args.photos else args.data or sample.unpack(data_root(DataConfig(root=SAMPLE)))
     size = args.size or (224 if args.photos or args.data else SAMPLE_SIZE)
     batches = args.batches or 4 * args.workers
-    index = open_index(root, "train")
+    index = open_index(Split("train", root / "train"))
     device = start().device
     settings = {
         "data": str(root), "images": len(index), "batch": args.batch, "size": size, "workers": args.workers,

@@ -111,14 +111,16 @@ def ours(args: argparse.Namespace, runtime: Runtime, precision: str, compiled: b
     """A step of the trainer: uint8 images, normalisation, network, loss, optimizer."""
     config = Config()
     device = runtime.device
-    network = build_model(ModelConfig(name=args.model)).to(memory_format=torch.channels_last).to(device)
+    network = (
+        build_model(ModelConfig(name=args.model, num_classes=1000)).to(memory_format=torch.channels_last).to(device)
+    )
     objective = Objective(network, config.data.mean, config.data.std, DTYPES[precision]).to(device)
     call, ddp = wrap(objective, TrainConfig(compile=compiled), runtime)
     optimizer = build_optimizer(network, config.optim, LR)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     step = TrainStep(call, ddp, optimizer, scaler, None, world=1, global_batch=args.batch)
     images = torch.randint(256, (args.batch, 3, args.size, args.size), dtype=torch.uint8, device=device)
-    labels = torch.randint(ModelConfig().num_classes, (args.batch,), device=device)
+    labels = torch.randint(1000, (args.batch,), device=device)
     ids = TrainPlan(args.batch, args.batch, seed=0).slices(0)[0].ids
     batch = Batch(images.to(memory_format=torch.channels_last), labels, ids)
     return lambda: step([batch], 0, LR)

@@ -59,11 +59,11 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{TRAIN} is not there: run this in a checkout of the repository")
     if args.steps < 2 * INTERVALS:
         raise UserError(f"--steps {args.steps} is too short to measure: give {2 * INTERVALS} or more")
-    build_model(ModelConfig(name=args.model))  # a name that is none is told before anything runs
+    build_model(ModelConfig(name=args.model, num_classes=1000))  # a name that is none is told before anything runs
     root = photos.make(args.photos) if args.photos else args.data
     settings = {
         "model": args.model,
-        "classes": class_folders(root) if root else ModelConfig().num_classes,
+        "classes": class_folders(root) if root else 1000,
         "batch": args.batch,
         "size": args.size,
         "precision": args.precision,

@@ -1,0 +1,60 @@
+"""What a start reads before torch is imported, which takes seconds: its place, its words and its configuration."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from distrib.cli import dump_config, load_config
+from distrib.config import Config, UserError
+from distrib.faults import FINISHED, USER_ERROR, report_exit
+from distrib.follow import follow
+from distrib.layout import look
+from distrib.options import parse_args
+from distrib.place import Place, find_place, publish
+from distrib.surroundings import check_limits
+
+
+@dataclass(frozen=True)
+class Start:
+    """What was asked for. ``fresh``: the old run is to be moved aside; ``must_resume``: there must be one."""
+
+    config: Config
+    place: Place = field(default_factory=Place)
+    fresh: bool = False
+    must_resume: bool = False
+
+
+def read_start(argv: Sequence[str]) -> Start:
+    """The start that ``argv`` asks for; ``--help``, ``--print-config`` and mistakes are answered and end the program.
+
+    Raises:
+        SystemExit: with the exit code.
+    """
+    place = Place()
+    try:
+        place = find_place(os.environ)
+        publish(place, os.environ)
+        check_limits()
+        args = parse_args(argv)
+        config = load_config(args.config, args.overrides)
+        if args.print_config:
+            print(dump_config(follow(config, classes=_classes(config))), end="")
+            raise SystemExit(FINISHED)
+    except UserError as error:
+        if place.rank == 0 or not error.everywhere:
+            print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(report_exit(USER_ERROR, str(error))) from None
+    # A worker that torchrun or Slurm starts again after a failure goes on: only the first of its starts is fresh.
+    again = any(os.environ.get(name, "0") != "0" for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    return Start(config, place, args.fresh and not again, args.resume == "must")
+
+
+def _classes(config: Config) -> int | None:
+    """How many there are, where the data can be looked at from here."""
+    try:
+        return look(config.data, config.model.num_classes)
+    except UserError:
+        return None
