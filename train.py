@@ -19,7 +19,7 @@ START = read_start(sys.argv[1:]) if __name__ == "__main__" else None
 import contextlib
 import math
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -91,6 +91,7 @@ class Run:
     schedule: Callable[[int], float]
     total_steps: int
     data: str  # fingerprint of the training images
+    classes: list[str] | None  # their names, in the order of the labels; None for synthetic data
     progress: Progress
     unsaved: bool = False  # whether this start has done anything that the checkpoint it began with does not hold
     last_words: str = ""  # to be said when the logs are closed, below a terminal's bar and what W&B says
@@ -150,14 +151,15 @@ class Run:
 
     def eval_due(self) -> bool:
         """Whether the weights as they are now are to be evaluated and were not."""
-        every = max(1, round(self.config.train.eval_every_epochs * self.plan.steps_per_epoch))
+        every = self.plan.steps_in(self.config.train.eval_every_epochs)
         due = self.progress.step % every == 0 or self.progress.step == self.total_steps
         return due and self.progress.evaluated < self.progress.step
 
     def save_due(self) -> bool:
         """Whether this step has one of the regular saves."""
-        every = self.config.checkpoint.every_steps
-        return self.progress.step == self.total_steps or (every is not None and self.progress.step % every == 0)
+        step, cfg = self.progress.step, self.config.checkpoint
+        each_epoch = self.plan.steps_in(cfg.every_epochs) if cfg.every_epochs is not None else None
+        return step == self.total_steps or any(n is not None and step % n == 0 for n in (cfg.every_steps, each_epoch))
 
     def evaluate(self, agreement: Agreement) -> bool:
         """Evaluates the weights as they are now; False where a request to stop cut it short."""
@@ -199,7 +201,7 @@ class Run:
         state = self.state.capture()
         if self.checkpointer is not None:
             config = self.config.model_dump(mode="json")
-            header = {"progress": asdict(self.progress), "config": config, "data": self.data}
+            header = {"progress": asdict(self.progress), "config": config, "data": self.data, "classes": self.classes}
             self.checkpointer.save({**header, **state}, self.progress.step, self.progress.best_step)
 
     def log_records(self, records: Sequence[dict[str, object]]) -> None:
@@ -288,7 +290,7 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
         gpu=device.type == "cuda",
     )
     plan, eval_plan = make_plans(config, indexes, runtime)
-    total_steps = config.train.steps or max(1, round(config.train.epochs * plan.steps_per_epoch))
+    total_steps = length(config.train.model_dump(), plan)
 
     torch.manual_seed(config.run.seed)
     network = build_model(config.model).to(memory_format=torch.channels_last).to(device)
@@ -348,9 +350,15 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     ema = Ema(network, config.ema) if config.ema else None
     state = TrainState(network, optimizer, scaler, ema, runtime)
+    schedule = build_schedule(config.schedule, lr, plan.steps_per_epoch, total_steps)
     if saved:
         state.restore(saved)
         log.message(f"continuing {newest}: step {progress.step} of {total_steps}")
+        if progress.step < total_steps and progress.step == length(saved["config"]["train"], plan):
+            log.message(
+                f"it had ended there; the schedule is stretched over all {total_steps} steps and goes on at a learning "
+                f"rate of {schedule(progress.step):.3g}. A new schedule: --init-from {newest} under another run.name"
+            )
     batch, clip = plan.global_batch, config.train.clip_grad_norm
     step = TrainStep(call, ddp, optimizer, scaler, ema, world=runtime.world, global_batch=batch, clip_grad_norm=clip)
     return Run(
@@ -366,9 +374,10 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
         step=step,
         evaluator=Evaluator(objective, ["model", "ema"] if ema else ["model"], compiled),
         checkpointer=checkpointer,
-        schedule=build_schedule(config.schedule, lr, plan.steps_per_epoch, total_steps),
+        schedule=schedule,
         total_steps=total_steps,
         data=data,
+        classes=indexes[0].classes if indexes else None,
         progress=progress,
     )
 
@@ -442,6 +451,11 @@ def open_folder(
     except OSError as error:
         raise UserError(f"cannot write to {folder.path}: {error.strerror}: make room, or set run.dir") from None
     return made
+
+
+def length(train: Mapping[str, Any], plan: TrainPlan) -> int:
+    """Steps of a run with these ``train`` settings."""
+    return train["steps"] or plan.steps_in(train["epochs"])
 
 
 def make_plans(config: Config, indexes: tuple[Index, Index] | None, runtime: Runtime) -> tuple[TrainPlan, EvalPlan]:

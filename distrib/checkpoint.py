@@ -23,6 +23,7 @@ import torch
 from distrib.config import UserError
 from distrib.layout.folders import patiently
 
+LAST, BEST = "last.pt", "best.pt"  # links to two of the files, for people and other programs; nothing here reads them
 PATTERN = re.compile(r"^step_(\d{8,})\.pt$")
 TEMPORARY = ".partial"
 PROBE = 1 << 16  # bytes that are really written to see whether the disk takes any: an empty file fits a full one
@@ -166,6 +167,9 @@ class Checkpointer:
                 self._notify(f"checkpoint {path} was not saved: {reason}; the run and older checkpoints go on")
                 return
             if self._owned():
+                self._link(LAST, step)
+                if best is not None:
+                    self._link(BEST, best)
                 self._retire(step, best)
 
         self._thread = threading.Thread(target=write, name="checkpoint", daemon=False)
@@ -177,6 +181,15 @@ class Checkpointer:
             self._thread.join()
             self._thread = None
         return self._saved
+
+    def _link(self, name: str, step: int) -> None:
+        """Points ``name`` at a checkpoint, if that is there and the disk knows symbolic links."""
+        target, link = path_for(self._folder, step), self._folder / name
+        partial = self._folder / f"{name}.{self._writer}{TEMPORARY}"
+        with contextlib.suppress(OSError):
+            if target.exists():
+                partial.symlink_to(target.name)  # relative: the folder may be moved
+                os.replace(partial, link)
 
     def _retire(self, newest: int, best: int | None) -> None:
         older = [step for step in steps_in(self._folder) if step < newest]

@@ -78,6 +78,32 @@ def checkpointer(tmp_path: Path, notes: list[str]) -> Iterator[Checkpointer]:
     made.wait()
 
 
+# Links
+
+
+def test_last_and_best_are_links_to_what_is_there(tmp_path: Path, notes: list[str]) -> None:
+    made = Checkpointer(tmp_path, keep=1, notify=notes.append)
+    for step, best in ((1, None), (2, 2), (3, 2), (4, 2), (5, 5)):
+        made.save(make_state(step), step, best)
+        made.wait()
+        assert (tmp_path / "last.pt").readlink() == Path(f"step_{step:08d}.pt")
+        assert_same(load(tmp_path / "last.pt"), make_state(step))
+        if best is not None:
+            assert_same(load(tmp_path / "best.pt"), make_state(best))
+    assert sorted(files(tmp_path)) == ["best.pt", "last.pt", "step_00000005.pt"]
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    assert_same(load(moved / "best.pt"), make_state(5))
+    assert notes == []
+
+
+def test_a_disk_without_links_only_has_none(tmp_path: Path, notes: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "symlink_to", lambda *args: (_ for _ in ()).throw(OSError(errno.EPERM, "no links")))
+    made = Checkpointer(tmp_path, keep=1, notify=notes.append)
+    made.save(make_state(1), 1, 1)
+    assert made.wait() == 1
+    assert (sorted(files(tmp_path)), notes) == (["step_00000001.pt"], [])
+
+
 # Round trip
 
 
@@ -85,7 +111,7 @@ def test_what_is_saved_is_loaded(checkpointer: Checkpointer, tmp_path: Path, not
     state = make_state(7)
     checkpointer.save(state, step=7, best=None)
     assert checkpointer.wait() == 7
-    assert [path.name for path in tmp_path.iterdir()] == ["step_00000007.pt"]
+    assert {path.name for path in tmp_path.iterdir()} == {"step_00000007.pt", "last.pt"}
     path = newest_valid(tmp_path, notes.append)
     assert path == path_for(tmp_path, 7)
     assert_same(load(path), state)
@@ -382,7 +408,7 @@ def test_a_folder_that_is_lost_during_a_save_gets_no_checkpoint(tmp_path: Path, 
         patch.setattr(torch, "save", slow)
         checkpointer.save(make_state(2), 2, best=None)
         assert checkpointer.wait() == 1
-    assert sorted(files(tmp_path)) == ["step_00000001.pt"]
+    assert sorted(files(tmp_path)) == ["last.pt", "step_00000001.pt"]
     assert "could not be shown to be this run's" in notes[0]
 
 
@@ -472,7 +498,7 @@ def test_the_same_again_says_nothing() -> None:
     ("key", "value", "old"),
     [
         ("model.name", "resnet18", "resnet50"),
-        ("model.num_classes", 10, 1000),
+        ("model.num_classes", 10, "auto"),
         ("model.plain", True, False),
         ("model.stem", "small", None),
         ("run.seed", 1, 0),
@@ -497,7 +523,7 @@ def test_other_images_are_refused() -> None:
 def test_other_changes_are_told() -> None:
     (note,) = check(config(optim__lr=0.5, train__epochs=100.0, data__root="/elsewhere", ema={"decay": 0.9, "every": 1}))
     assert note.startswith("changed since step_00000001.pt: ")
-    for part in ("optim.lr 0.1 → 0.5", "train.epochs 90.0 → 100.0", "data.root ${IMAGENET_DIR} → /elsewhere"):
+    for part in ("optim.lr 0.4 → 0.5", "train.epochs 90.0 → 100.0", "data.root ${IMAGENET_DIR} → /elsewhere"):
         assert part in note
     assert "ema.decay None → 0.9" in note
 

@@ -377,7 +377,7 @@ def test_open_data_says_what_it_found(root: Path) -> None:
     for _ in range(2):
         said: list[str] = []
         open_data(config(root), 4, said.append)
-        assert said[-1] == "train/: 12 images, val/: 8 images, 4 classes"
+        assert said[-1] == "training: 12 images, validation: 8, 4 classes"
     assert len(said) == 1
 
 

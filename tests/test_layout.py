@@ -19,7 +19,7 @@ from distrib.config import DataConfig, UserError
 from distrib.data import index as index_module
 from distrib.data import open_data
 from distrib.data.index import Index, open_index
-from distrib.layout import SAMPLE, cache_dir, count_images, data_root, folders, look
+from distrib.layout import SAMPLE, cache_dir, count_images, data_root, find_splits, folders, look
 from distrib.layout.splits import Split
 
 CLASSES = ("ant", "bee", "cow")
@@ -81,7 +81,11 @@ def test_missing_root(tmp_path: Path) -> None:
 
 def test_missing_val(root: Path) -> None:
     shutil.rmtree(root / "val")
-    refused(config(root), f"no data at {root / 'val'}")
+    refused(config(root, val_split=None), f"no data at {root / 'val'}")
+    for name in CLASSES:  # ImageNet has a val/ of its own: without it something is amiss
+        (root / "train" / name).rename(root / "train" / f"n0000000{CLASSES.index(name)}")
+    refused(config(root), f"no data at {root / 'val'}", "data.val_split=0.1 would validate on a part of")
+    assert look(config(root, val_split=0.1)) == 3
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -99,7 +103,7 @@ def test_split_that_is_a_file(root: Path, split: str) -> None:
 
 
 def test_root_that_is_a_file(root: Path) -> None:
-    refused(config(root / "train" / "ant" / "0.jpg"), "0.jpg/train", "Not a directory")
+    refused(config(root / "train" / "ant" / "0.jpg"), "0.jpg", "Not a directory")
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -171,11 +175,13 @@ def test_tiny_imagenets_val_as_downloaded_and_the_way_out(root: Path) -> None:
 
 
 def test_other_names_and_places(root: Path) -> None:
-    (root / "val").rename(root / "validation")
-    refused(config(root), f"no data at {root / 'val'}", "there is validation: rename it to val")
-    refused(config(root / "train"), "no data at", "the folder above", f"data.root={root} ".replace(" ", "?"))
-    (root / "validation").rename(root / "Val")
-    refused(config(root), "there is Val: rename it to val")
+    before = root / "val"
+    for name in ("validation", "Val", "test"):
+        before = before.rename(root / name)
+        assert [split.source for split in find_splits(config(root))] == [root / "train", root / name]
+        refused(config(root / "train"), "no data at", "the folder above", f"data.root={root} ".replace(" ", "?"))
+    (root / "train").rename(root / "pictures")
+    refused(config(root), f"no data at {root / 'train'}")
     kaggle = root.parent / "kaggle"
     (kaggle / "ILSVRC/Data/CLS-LOC").mkdir(parents=True)
     refused(config(kaggle), f"set data.root={kaggle}/ILSVRC/Data/CLS-LOC")
@@ -255,7 +261,7 @@ def test_it_needs_no_torch_and_no_numpy(root: Path, repository: Path) -> None:
         "import sys; from distrib.config import DataConfig; from distrib import layout; "
         f"cfg = DataConfig(root={str(root)!r}); layout.look(cfg, 3); "
         "assert layout.count_images(cfg, 'train', 50) == 9; "
-        "assert not {'torch', 'numpy', 'PIL', 'yaml'} & set(sys.modules)"
+        "assert not {'torch', 'numpy', 'PIL'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=repository, check=True)
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from distrib.config import DataConfig, UserError
 from distrib.data import open_data, sample, staging
-from distrib.layout import SAMPLE, SAMPLE_CLASSES, SAMPLE_IMAGES, data_root, look
+from distrib.layout import SAMPLE, SAMPLE_CLASSES, SAMPLE_COUNTS, SAMPLE_IMAGES, data_root, look
 
 FEW = 60  # of its images, where the number does not matter
 
@@ -54,6 +54,7 @@ def test_it_is_what_the_layout_says() -> None:
     assert indexes is not None
     for index, split in zip(indexes, ("train", "val"), strict=True):
         assert len(index) == SAMPLE_IMAGES[split]
+        assert np.bincount(index.labels).tolist() == list(SAMPLE_COUNTS[split])
         assert index.classes == list(SAMPLE_CLASSES)
         assert index.path(0).is_file()
     # As it always was: checkpoints hold it.

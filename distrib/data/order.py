@@ -88,6 +88,10 @@ class TrainPlan:
         """Whole batches in an epoch."""
         return self.images // self.global_batch
 
+    def steps_in(self, epochs: float) -> int:
+        """The nearest number of steps, one at least."""
+        return max(1, round(epochs * self.steps_per_epoch))
+
     @property
     def largest_slice(self) -> int:
         """The most images that any rank sees in one forward."""

@@ -13,6 +13,8 @@ from distrib.runtime import Runtime
 
 Weights = dict[str, dict[str, torch.Tensor]]
 
+SAVED_AS = {"model": "model", "ema": "model_ema"}  # torchvision and timm look for a moving average under that name
+
 
 class TrainState:
     """Model, optimizer, loss scaler and EMA of a rank.
@@ -43,7 +45,7 @@ class TrainState:
         """What a checkpoint holds of the training: tensors of the device, not copies. All ranks must call it."""
         rows = self._gathered()
         return {
-            **self._with_statistics(rows.mean(0)),
+            **{SAVED_AS[which]: state for which, state in self._with_statistics(rows.mean(0)).items()},
             "statistics": rows,
             "optimizer": self._optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
@@ -61,7 +63,8 @@ class TrainState:
         if saved["scaler"]:  # empty where the run was not fp16 before
             self._scaler.load_state_dict(saved["scaler"])
         if self._ema is not None:  # an EMA that begins with this resume begins at the weights
-            self._ema.load_state_dict(saved.get("ema", saved["model"]))
+            older = saved.get("ema", saved["model"])  # "ema": in files of before 2026-11-25
+            self._ema.load_state_dict(saved.get(SAVED_AS["ema"], older))
         rows = saved["statistics"]
         if len(rows) == self._runtime.world and rows.shape[1] == self._flat().numel():
             live = self._networks()

@@ -14,7 +14,7 @@ from typing import Literal
 from distrib.config import UserError
 from distrib.layout.folders import as_utf8, patiently, scan, shown, unreadable
 
-# As people's folders are called; the first that is there is taken.
+# As people's folders are called, in small letters or not; the first that is there is taken.
 FOLDERS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
 HELD_OUT = 0.1  # of each class, where there is no folder to validate on and nothing is said
 LOOKED_INTO = 10  # folders, to tell class folders from others
@@ -93,14 +93,11 @@ def folders_of(root: Path) -> dict[str, Path | None]:
         UserError: ``root`` cannot be read.
     """
     try:
-        names = set(patiently(os.listdir, root))
-    except (FileNotFoundError, NotADirectoryError):
-        names = set()
+        found = _named(root)
+        within = root.name.lower() in FOLDERS["train"] and _named(root.parent)["val"] is not None
     except OSError as error:
         raise unreadable(root, error) from None
-    found = {split: next((root / name for name in FOLDERS[split] if name in names), None) for split in FOLDERS}
-    a_split_itself = root.name in FOLDERS["train"] and any((root.parent / name).is_dir() for name in FOLDERS["val"])
-    if not any(found.values()) and not a_split_itself and _holds_classes(root):
+    if not any(found.values()) and not within and _holds_classes(root):
         found["train"] = root
     return found
 
@@ -117,6 +114,14 @@ def check_classes(wanted: Sequence[str], names: Sequence[bytes], source: Path) -
             near = difflib.get_close_matches(name, there, n=1)
             hint = f"did you mean {shown(near[0])}?" if near else f"there are {', '.join(map(shown, there[:5]))}"
             raise UserError(f"data.classes: {shown(source)} has no class folder {name!r}; {hint}")
+
+
+def _named(root: Path) -> dict[str, Path | None]:
+    try:
+        names = {name.lower(): name for name in sorted(patiently(os.listdir, root), reverse=True)}
+    except FileNotFoundError:
+        names = {}
+    return {split: next((root / names[n] for n in FOLDERS[split] if n in names), None) for split in FOLDERS}
 
 
 def _holds_classes(root: Path) -> bool:
