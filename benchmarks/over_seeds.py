@@ -35,7 +35,9 @@ def main(argv: list[str]) -> int:
             name, _, words = variant.partition(":")
             folder = args.runs / f"{name.strip()}-{seed}"
             own = [*words.split(), f"run.seed={seed}", f"run.dir={folder}", "wandb.mode=disabled"]
-            done = subprocess.run([sys.executable, str(TRAIN), *argv[split + 1 :], *own], stdout=sys.stderr, check=False)
+            done = subprocess.run(
+                [sys.executable, str(TRAIN), *argv[split + 1 :], *own], stdout=sys.stderr, check=False
+            )
             if done.returncode:
                 return done.returncode
             summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))

@@ -129,11 +129,6 @@ def test_a_wrong_number_of_classes(folder: Path, data: Path, tmp_path: Path) -> 
     assert "set model.num_classes=2" in line
 
 
-def test_a_batch_larger_than_the_data_set(folder: Path, data: Path, tmp_path: Path) -> None:
-    line = refused(tmp_path, *FILES, "train.global_batch=5", f"data.root={data}", f"run.dir={folder}")
-    assert "train.global_batch 5 is larger than the training set of 4 images" in line
-
-
 def test_a_checkpoint_of_another_network(folder: Path, tmp_path: Path) -> None:
     line = refused(tmp_path, *SYNTHETIC, "model.name=resnet32", f"run.dir={folder}")
     assert f"model.name is resnet32, but {folder}/checkpoints/step_00000001.pt was trained with resnet20" in line
