@@ -19,8 +19,8 @@ from pydantic_core import ErrorDetails
 from distrib.config import Config, UserError
 from distrib.follow import follow_names
 from distrib.keys import NO_SETTING, TRUE_OR_FALSE, Kind, find_kind, is_null, nearest, read_typed, refuse
+from distrib.root import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent  # the checkout: its configs/ are found from any working directory
 REFERENCE = re.compile(r"\$\{([^${}]+)\}")
 # The one place where an unset variable may stand: what reads it says what to set, and a synthetic run never does.
 MAY_STAY_UNSET = "data.root"
