@@ -8,7 +8,7 @@ import sys
 
 from distrib.entry import Start, read_start
 from distrib.faults import FAILED, FINISHED, STOPPED, USER_ERROR, Failure, Interrupted, StopSignals, report_exit
-from distrib.surroundings import settle
+from distrib.surroundings import same_command, settle
 
 # Before torch, whose import takes seconds: a request to stop must not kill the run there, torch reads the environment,
 # and --help, --print-config and mistakes need none of it.
@@ -182,7 +182,7 @@ class Run:
         if self.runtime.world > 1:
             raise Failure(
                 f"{STOP.received}: this rank's data did not come for step {self.progress.step + 1}, so the ranks could "
-                "not save; the same command continues from the newest checkpoint"
+                f"not save; {same_command()} continues from the newest checkpoint"
             )
         if self.unsaved:
             self.flush_and_save(meter, lr)
@@ -235,7 +235,7 @@ class Run:
         if stopping:
             self.last_words = (
                 f"{STOP.received or 'another rank'}: stopped at step {progress.step}, everything is saved\n"
-                f"the same command continues {self.folder.path}"
+                f"{same_command()} continues {self.folder.path}"
             )
         elif diverged:
             self.log.message(f"the run ends with a loss that is no number (NaN); {REMEDY}", "error")
