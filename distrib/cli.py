@@ -125,7 +125,7 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> _Source:
     if not isinstance(values, dict):
         raise UserError(f"{path}: a configuration is a mapping of parts (run:, model:, data:, …)")
     base = values.pop("extends", None)
-    values = {key: _switched(find_kind(key), value) for key, value in values.items()}
+    values = {key: _switched(find_kind(str(key)), value) for key, value in values.items()}
     if base is None:
         return _Source(values, where)
     if not isinstance(base, str):

@@ -103,12 +103,19 @@ def add_settings(parser: Parser) -> None:
     )
     parser.add_argument(
         "--resume",
-        choices=("auto", "must"),
+        type=_resume,
         default="auto",
+        metavar="auto|must",
         help="auto (default): continue where there is a checkpoint; must: refuse to start without one",
     )
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.epochs=100 optim.lr=0.5")
+
+
+def _resume(word: str) -> str:
+    if word not in ("auto", "must"):  # other trainers take a file here
+        raise argparse.ArgumentTypeError(f"takes auto or must, got {word!r}; {NO_SETTING['resume']}")
+    return word
 
 
 def parse_start(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
