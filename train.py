@@ -448,11 +448,13 @@ def make_plans(config: Config, indexes: tuple[Index, Index] | None, runtime: Run
     """Who trains and evaluates which images.
 
     Raises:
-        UserError: more ranks than images in a batch.
+        UserError: more ranks than images, or than images in a batch.
     """
     batch, world = config.train.global_batch, runtime.world
     synthetic = config.data.synthetic
     train, val = (len(indexes[0]), len(indexes[1])) if indexes else (synthetic.train, synthetic.val)
+    if world > train:
+        raise UserError(f"the {world} processes are more than the {train} training images: start fewer")
     if world > batch:
         raise UserError(f"train.global_batch {batch} is smaller than the {world} processes: raise it, or start fewer")
     micro = config.train.micro_batch or batch

@@ -18,7 +18,6 @@ from types import FrameType
 from distrib.cli import load_config
 from distrib.config import Config, UserError
 from distrib.entry import print_config
-from distrib.follow import follow
 from distrib.layout import SPLITS, count_images, look
 from distrib.options import Parser, parse_start
 from distrib.surroundings import ForgivingStream, same_command, settle, usable_cores
@@ -104,13 +103,15 @@ def check_batch(config: Config, procs: int) -> None:
 
 
 def check_data(config: Config, procs: int) -> None:
-    """Looks at the data's folders, and counts images until there are enough for one batch.
+    """Looks at the data's folders, and counts images until each process has one.
 
     Raises:
         UserError: the data is not there or does not fit together, or there are fewer images than processes.
     """
     look(config.data, config.model.num_classes)
-    check_batch(follow(config, images=count_images(config.data, SPLITS[0], config.train.global_batch)), procs)
+    images = count_images(config.data, SPLITS[0], procs)
+    if procs > images:
+        raise UserError(f"the {procs} processes are more than the {images} training images: start fewer")
 
 
 def run(command: Command, procs: int, environ: Mapping[str, str]) -> Outcome:
