@@ -9,12 +9,12 @@ CARRIED = [Path("train.py"), *sorted(Path("configs").rglob("*.yaml"))]
 
 
 class BuildPy(build_py):
-    """Copies them to where distrib/root.py looks. An editable install is left the checkout's own."""
+    """Copies them to where distrib/root.py looks. An editable install takes nothing from what is built here."""
 
     def run(self) -> None:
         """Builds the packages, then adds the copies."""
         super().run()
-        for file in [] if self.editable_mode else CARRIED:
+        for file in CARRIED:
             target = Path(self.build_lib, "distrib", "carried", file)
             self.mkpath(str(target.parent))
             self.copy_file(str(file), str(target))
