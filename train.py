@@ -8,7 +8,7 @@ import sys
 
 from distrib.entry import Start, read_start
 from distrib.faults import FAILED, FINISHED, STOPPED, USER_ERROR, Failure, Interrupted, StopSignals, report_exit
-from distrib.surroundings import settle
+from distrib.surroundings import same_command, settle
 
 # Before torch, whose import takes seconds: a request to stop must not kill the run there, torch reads the environment,
 # and --help, --print-config and mistakes need none of it.
@@ -184,7 +184,7 @@ class Run:
         if self.runtime.world > 1:
             raise Failure(
                 f"{STOP.received}: this rank's data did not come for step {self.progress.step + 1}, so the ranks could "
-                "not save; the same command continues from the newest checkpoint"
+                f"not save; {same_command()} continues from the newest checkpoint"
             )
         if self.unsaved:
             self.flush_and_save(meter, lr)
@@ -237,7 +237,7 @@ class Run:
         if stopping:
             self.last_words = (
                 f"{STOP.received or 'another rank'}: stopped at step {progress.step}, everything is saved\n"
-                f"the same command continues {self.folder.path}"
+                f"{same_command()} continues {self.folder.path}"
             )
         elif diverged:
             self.log.message(f"the run ends with a loss that is no number (NaN); {REMEDY}", "error")
@@ -462,11 +462,13 @@ def make_plans(config: Config, indexes: tuple[Index, Index] | None, runtime: Run
     """Who trains and evaluates which images.
 
     Raises:
-        UserError: more ranks than images in a batch.
+        UserError: more ranks than images, or than images in a batch.
     """
     batch, world = config.train.global_batch, runtime.world
     synthetic = config.data.synthetic
     train, val = (len(indexes[0]), len(indexes[1])) if indexes else (synthetic.train, synthetic.val)
+    if world > train:
+        raise UserError(f"the {world} processes are more than the {train} training images: start fewer")
     if world > batch:
         raise UserError(f"train.global_batch {batch} is smaller than the {world} processes: raise it, or start fewer")
     micro = config.train.micro_batch or batch

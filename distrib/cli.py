@@ -19,8 +19,8 @@ from pydantic_core import ErrorDetails
 from distrib.config import Config, UserError
 from distrib.follow import follow_names
 from distrib.keys import NO_SETTING, TRUE_OR_FALSE, Kind, find_kind, is_null, nearest, read_typed, refuse
+from distrib.root import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent  # the checkout: its configs/ are found from any working directory
 REFERENCE = re.compile(r"\$\{([^${}]+)\}")
 # The one place where an unset variable may stand: what reads it says what to set, and a synthetic run never does.
 MAY_STAY_UNSET = "data.root"
@@ -125,7 +125,7 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> _Source:
     if not isinstance(values, dict):
         raise UserError(f"{path}: a configuration is a mapping of parts (run:, model:, data:, …)")
     base = values.pop("extends", None)
-    values = {key: _switched(find_kind(key), value) for key, value in values.items()}
+    values = {key: _switched(find_kind(str(key)), value) for key, value in values.items()}
     if base is None:
         return _Source(values, where)
     if not isinstance(base, str):

@@ -41,7 +41,7 @@ def read_start(argv: Sequence[str]) -> Start:
         args = parse_args(argv)
         config = load_config(args.config, args.overrides)
         if args.print_config:
-            print(dump_config(follow(config, classes=_classes(config))), end="")
+            print_config(config)
             raise SystemExit(FINISHED)
     except UserError as error:
         if place.rank == 0 or not error.everywhere:
@@ -50,6 +50,11 @@ def read_start(argv: Sequence[str]) -> Start:
     # A worker that torchrun or Slurm starts again after a failure goes on: only the first of its starts is fresh.
     again = any(os.environ.get(name, "0") != "0" for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
     return Start(config, place, args.fresh and not again, args.resume == "must")
+
+
+def print_config(config: Config) -> None:
+    """Prints what ``config`` resolves to as far as this machine tells, as YAML that ``--config`` reads back."""
+    print(dump_config(follow(config, classes=_classes(config))), end="")
 
 
 def _classes(config: Config) -> int | None:

@@ -18,6 +18,7 @@ from distrib.config import Config, UserError
 from distrib.follow import flatten
 from distrib.jsonl import dumps, replace_file
 from distrib.lease import is_lease_file
+from distrib.root import INSTALLED
 
 PACKAGES = ("distrib", "torch", "torchvision", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "wandb")
 PARTS = ("progress", "config", "data", "model", "optimizer", "statistics", "scaler")  # of each checkpoint
@@ -128,6 +129,8 @@ def _versions() -> list[str]:
 
 def _git_revision() -> str:
     """The commit of the code, with "+changes" where the tree differs from it."""
+    if INSTALLED:  # a repository around the environment is not the code's
+        return "unknown"
     code = Path(__file__).resolve().parent.parent
     try:
         commands = (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])

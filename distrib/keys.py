@@ -230,24 +230,26 @@ def show(key: str, value: Any) -> str:
 
 
 def _words(key: str, kind: Kind, value: Any = None) -> str:
-    null = (" or auto" if kind.auto else "") + (" or null" if kind.optional else "")
+    example = ""
     if kind.part:
-        switch = "true, false or " if kind.optional else ""
-        return f"{switch}keys of its own{null}: {_first_inside(key, kind.part, value)}"
-    if kind.words:
-        return kind.words + null
-    if kind.base is bool:
-        return f"true or false{null}"
-    if kind.base is str:
-        return f"text{null}"
-    if get_origin(kind.base) is Literal:
-        words = [*get_args(kind.base), *(["auto"] if kind.auto else []), *(["null"] if kind.optional else [])]
-        return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
-    if get_origin(kind.base) is tuple:
+        words = [*(["true", "false"] if kind.optional else []), "keys of its own"]
+        example = f": {_first_inside(key, kind.part, value)}"
+    elif kind.words:
+        words = [kind.words]
+    elif kind.base is bool:
+        words = ["true", "false"]
+    elif kind.base is str:
+        words = ["text"]
+    elif get_origin(kind.base) is Literal:
+        words = list(get_args(kind.base))
+    elif get_origin(kind.base) is tuple:
         items = get_args(kind.base)
-        count = "a list of" if Ellipsis in items else NUMBER_WORDS[len(items)]
-        return f"{count} numbers{null}: {show(key, kind.default)}"
-    return f"{'a whole number' if kind.base is int else 'a number'}{_bounds(kind.bounds)}{null}"
+        words = [f"{'a list of' if Ellipsis in items else NUMBER_WORDS[len(items)]} numbers"]
+        example = f": {show(key, kind.default)}"
+    else:
+        words = [f"{'a whole number' if kind.base is int else 'a number'}{_bounds(kind.bounds)}"]
+    words += (["auto"] if kind.auto else []) + (["null"] if kind.optional else [])
+    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1]))) + example
 
 
 def _first_inside(key: str, part: type[BaseModel], value: Any) -> str:

@@ -103,27 +103,38 @@ def add_settings(parser: Parser) -> None:
     )
     parser.add_argument(
         "--resume",
-        choices=("auto", "must"),
+        type=_resume,
         default="auto",
+        metavar="auto|must",
         help="auto (default): continue where there is a checkpoint; must: refuse to start without one",
     )
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.epochs=100 optim.lr=0.5")
 
 
-def parse_args(argv: Sequence[str], prog: str = "train.py") -> argparse.Namespace:
-    """``train.py``'s arguments; ``overrides`` are the ``key=value`` words.
+def _resume(word: str) -> str:
+    if word not in ("auto", "must"):  # other trainers take a file here
+        raise argparse.ArgumentTypeError(f"takes auto or must, got {word!r}; {NO_SETTING['resume']}")
+    return word
+
+
+def parse_start(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
+    """The words of a way to start a run: ``parser``'s own options, and those of ``add_settings``.
 
     Raises:
-        UserError: an option that does not exist, with the form that is wanted.
+        UserError: an option that does not exist, with the form that is wanted; options that contradict each other.
         SystemExit: ``--help`` was asked for, and given.
     """
-    parser = Parser(prog=prog, description="Train a ResNet. The same command again continues the run.")
     add_settings(parser)
-    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
     args = parser.parse_words(argv)
     if args.fresh and args.resume == "must":
         raise UserError("--fresh starts anew and --resume must continues: leave one of them out")
     return args
+
+
+def parse_args(argv: Sequence[str], prog: str = "train.py") -> argparse.Namespace:
+    """``train.py``'s arguments, as ``parse_start`` reads them; ``overrides`` are the ``key=value`` words."""
+    return parse_start(Parser(prog=prog, description="Train a ResNet. The same command again continues the run."), argv)
 
 
 def settings_help(part: str | None = None, width: int | None = None) -> str:

@@ -1,4 +1,4 @@
-"""What a process finds around it: environment variables, standard streams, limits.
+"""What a process finds around it: its words, environment variables, standard streams, limits.
 
 Imports no torch, and runs before torch does: libraries read the same variables, some while they are imported.
 """
@@ -73,6 +73,11 @@ def check_limits() -> None:
 def usable_cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def same_command() -> str:
+    """How our words name what continues this run: ``--fresh`` would begin it anew."""
+    return "the same command" + (" without --fresh" if "--fresh" in sys.argv[1:] else "")
 
 
 class ForgivingStream:

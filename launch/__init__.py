@@ -1,1 +1,4 @@
-"""Starts training through torchrun. Imports no torch: a cluster's login node has none."""
+"""Starts training through torchrun.
+
+Imports no torch: a cluster's login node has none.
+"""

@@ -17,12 +17,13 @@ from types import FrameType
 
 from distrib.cli import load_config
 from distrib.config import Config, UserError
-from distrib.follow import follow
+from distrib.entry import print_config
 from distrib.layout import SPLITS, count_images, look
-from distrib.options import Parser, add_settings
-from distrib.surroundings import ForgivingStream, settle, usable_cores
+from distrib.options import Parser, parse_start
+from distrib.surroundings import ForgivingStream, same_command, settle, usable_cores
 from launch.command import (
     EXIT_CODE_FILE,
+    FINISHED,
     SIGNALS,
     TRAIN,
     USER_ERROR,
@@ -67,21 +68,23 @@ def local(argv: list[str], train: Path) -> int:
     )
     parser.add_argument("--procs", type=_positive, required=True, metavar="N", help="processes: one for each GPU")
     parser.add_argument("--dry-run", action="store_true", help="print the command and start nothing")
-    add_settings(parser)
-    args = parser.parse_words(argv)
+    args = parse_start(parser, argv)
 
     config = load_config(args.config, args.overrides)
+    if args.print_config:
+        print_config(config)
+        return FINISHED
     check_batch(config, args.procs)
     asked = [*(["--fresh"] if args.fresh else []), *(["--resume", "must"] if args.resume == "must" else [])]
     words = [*asked, *args.overrides]
     command = build_torchrun(args.procs, args.config, words, os.environ, usable_cores(), train)
     if args.dry_run:  # perhaps on a machine that has not the data
         print(command)
-        return 0
+        return FINISHED
     check_data(config, args.procs)
     print(command, flush=True)
     if not train.is_file():
-        raise UserError(f"{train} is missing: run `python -m launch` from a checkout of the repository")
+        raise UserError(f"{train} is missing: install distrib again, or restore it in the checkout")
     outcome = run(command.through_agent(), args.procs, os.environ)
     if outcome.message:
         print(outcome.message, file=sys.stderr)
@@ -100,13 +103,15 @@ def check_batch(config: Config, procs: int) -> None:
 
 
 def check_data(config: Config, procs: int) -> None:
-    """Looks at the data's folders, and counts images until there are enough for one batch.
+    """Looks at the data's folders, and counts images until each process has one.
 
     Raises:
         UserError: the data is not there or does not fit together, or there are fewer images than processes.
     """
     look(config.data, config.model.num_classes)
-    check_batch(follow(config, images=count_images(config.data, SPLITS[0], config.train.global_batch)), procs)
+    images = count_images(config.data, SPLITS[0], procs)
+    if procs > images:
+        raise UserError(f"the {procs} processes are more than the {images} training images: start fewer")
 
 
 def run(command: Command, procs: int, environ: Mapping[str, str]) -> Outcome:
@@ -129,7 +134,7 @@ def run(command: Command, procs: int, environ: Mapping[str, str]) -> Outcome:
             stop.attach(process)
             returncode = process.wait()
             reports = read_reports(file.read_text(encoding="utf-8", errors="replace")) if file.exists() else {}
-            return judge(returncode, reports, procs, stop.asked)
+            return judge(returncode, reports, procs, stop.asked, same_command())
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from distrib.root import TRAIN
+
 FINISHED, FAILED, USER_ERROR = 0, 1, 2
 STOPPED = 75  # EX_TEMPFAIL: stopped on request with everything saved, start me again
-
-TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
 # The file to which each worker appends `RANK CODE MESSAGE` as it ends; torchrun tells a failure only as 1.
 EXIT_CODE_FILE = "DISTRIB_EXIT_CODE_FILE"
@@ -81,9 +81,16 @@ def read_reports(text: str) -> dict[int, Report]:
     return reports
 
 
-def judge(returncode: int, reports: Mapping[int, Report], procs: int, forwarded: int | None = None) -> Outcome:
+def judge(
+    returncode: int,
+    reports: Mapping[int, Report],
+    procs: int,
+    forwarded: int | None = None,
+    again: str = "the same command",
+) -> Outcome:
     """Our exit code, from torchrun's, the workers' reports and the number of the signal that was ``forwarded``.
 
+    Where rank 0 has said how the run ended there is no line of ours; ``again`` names what continues it elsewhere.
     When one rank fails torchrun ends the others by SIGTERM, and those may well say 75: only all ranks together can.
     """
     codes = [report.code for report in reports.values()]
@@ -94,11 +101,12 @@ def judge(returncode: int, reports: Mapping[int, Report], procs: int, forwarded:
             return Outcome(USER_ERROR)
         said = next((report.message for report in reports.values() if report.code == USER_ERROR and report.message), "")
         return Outcome(USER_ERROR, f"error: {said or 'the configuration or the data is wrong, see above'}")
-    saved = len(codes) == procs and STOPPED in codes and set(codes) <= {FINISHED, STOPPED}
+    if len(codes) == procs and STOPPED in codes and set(codes) <= {FINISHED, STOPPED}:
+        told = 0 in reports and reports[0].code == STOPPED
+        return Outcome(STOPPED, "" if told else f"stopped on request; {again} continues")
     # torchrun takes its signals over before it starts a worker: where one killed it, nothing had begun.
-    unborn = forwarded is not None and returncode == -forwarded and not codes
-    if saved or unborn:
-        return Outcome(STOPPED, "stopped on request; the same command continues")
+    if forwarded is not None and returncode == -forwarded and not codes:
+        return Outcome(STOPPED, "stopped on request before anything began; the same command starts it")
     which = ", ".join(f"rank {rank}: {report.code}" for rank, report in sorted(reports.items()) if report.code)
     said = next((report.message for report in reports.values() if report.code == FAILED and report.message), "")
     reason = said or f"torchrun exited with {returncode}{f' ({which})' if which else ''}, the first error stands above"

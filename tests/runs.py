@@ -104,17 +104,18 @@ def exit_codes(folder: Path) -> list[int]:
 
 def kill_group(process: subprocess.Popen[str]) -> None:
     """SIGKILL for a run and everything it started: torchrun gives each worker a session of its own."""
-    for pid in [process.pid, *_descendants(process.pid)]:
+    for pid in [process.pid, *descendants(process.pid)]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.communicate()
 
 
-def _descendants(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
+    """The process ids of all that a process has started, and theirs."""
     found = []
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         for child in task.read_text().split():
-            found += [int(child), *_descendants(int(child))]
+            found += [int(child), *descendants(int(child))]
     return found
 
 

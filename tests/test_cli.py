@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from distrib.cli import DEFAULT_CONFIG, ROOT, dump_config, load_config, parse_args
+from distrib.cli import ROOT, WANDB_NAMES, dump_config, load_config
 from distrib.config import Config, DataConfig, EmaConfig, OptimConfig, RunConfig, TrainConfig, UserError
-from distrib.keys import describe, valid_keys
+from distrib.follow import follow_names
+from distrib.keys import describe, find_kind, valid_keys
+from distrib.options import DEFAULT_CONFIG, parse_args
 
 Write = Callable[..., Path]
 
@@ -21,7 +23,8 @@ Write = Callable[..., Path]
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
     """Writes a file into the test's own folder, which is the working directory, and returns its bare name."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("IMAGENET_DIR", raising=False)
+    for name in ("IMAGENET_DIR", *WANDB_NAMES.values()):
+        monkeypatch.delenv(name, raising=False)
 
     def write_file(text: str | bytes = "", name: str = "c.yaml") -> Path:
         path = tmp_path / name
@@ -47,7 +50,8 @@ def refused(path: Path | str, *overrides: str) -> str:
 
 
 def test_an_empty_file_is_the_defaults(write: Write) -> None:
-    assert load_config(write("# nothing\n")) == Config(run=RunConfig(dir="runs/resnet50"))
+    sizes, name = DataConfig(eval_size=224, eval_resize=256), "resnet50-imagenet"
+    assert load_config(write("# nothing\n")) == Config(run=RunConfig(name=name, dir=f"runs/{name}"), data=sizes)
 
 
 def test_later_words_win(write: Write) -> None:
@@ -193,8 +197,8 @@ def test_a_mistake_is_placed_in_the_file_that_holds_it(write: Write) -> None:
         ("run:\n  name: a\noptimm:\n  lr: 1\n", "optimm", 3, "did you mean optim?"),
         ("data:\n  synthetic:\n    trainn: 3\n", "data.synthetic.trainn", 3, "did you mean data.synthetic.train?"),
         ("ema: {deccay: 0.9}\n", "ema.deccay", 1, "did you mean ema.decay?"),
-        ("qqq: 1\n", "qqq", 1, "--print-config"),
-        ("1: 2\n", "1", 1, "--print-config"),
+        ("qqq: 1\n", "qqq", 1, "--help"),
+        ("1: 2\n", "1", 1, "--help"),
         ("train:\n  batch_size: 3\n", "train.batch_size", 2, "did you mean train.global_batch?"),
     ],
 )
@@ -216,7 +220,7 @@ def test_unknown_override(write: Write) -> None:
         ("train:\n  epochs: '90'\n", "train.epochs takes a number above 0, got '90'", 2),
         ("train:\n  global_batch: 2.5\n", "train.global_batch takes a whole number above 0, got 2.5", 2),
         ("train:\n  global_batch: 1e3\n", "train.global_batch takes ", 2),
-        ("train:\n  compile: 1\n", "train.compile takes true or false, got 1", 2),
+        ("train:\n  compile: 1\n", "train.compile takes true, false or auto, got 1", 2),
         ("train:\n  precision: int8\n", "train.precision takes bf16, fp16, tf32 or fp32, got 'int8'", 2),
         ("train:\n  label_smoothing: 1\n", "train.label_smoothing takes a number of at least 0 and below 1, got 1", 2),
         ("optim:\n  lr: .nan\n", "optim.lr takes a number above 0, got nan, which is not finite", 2),
@@ -236,7 +240,7 @@ def test_unknown_override(write: Write) -> None:
         ),
         ("model: resnet18\n", "model takes keys of its own: model.name=resnet18", 1),
         ("trace: true\ndata:\n", "data takes keys of its own: data.root=${IMAGENET_DIR}", 2),
-        ("ema: 0.9\n", "ema takes keys of its own or null: ema.decay=0.9", 1),
+        ("ema: 0.9\n", "ema takes true, false, keys of its own or null: ema.decay=0.9", 1),
     ],
 )
 def test_wrong_values(write: Write, text: str, start: str, line: int) -> None:
@@ -252,7 +256,7 @@ def test_more_mistakes_are_counted(write: Write) -> None:
 @pytest.mark.parametrize(
     ("overrides", "part"),
     [
-        (["data.eval_size=300"], "data.eval_size 300 is larger than data.eval_resize 256"),
+        (["data.eval_size=300", "data.eval_resize=256"], "data.eval_size 300 is larger than data.eval_resize 256"),
         (["data.scale=0.5,0.1"], "data.scale [0.5, 0.1] is not"),
         (["data.scale=[0.5, 0.1]"], "data.scale [0.5, 0.1] is not"),
         (["data.scale=[0, 1]"], "data.scale"),
@@ -263,7 +267,7 @@ def test_more_mistakes_are_counted(write: Write) -> None:
         (["schedule.milestones=[30, 20]"], "schedule.milestones [30.0, 20.0] must rise"),
         (["schedule.milestones=[20, 20]"], "must rise"),
         (["train.micro_batch=2048"], "train.micro_batch 2048 exceeds train.global_batch 1024"),
-        (["train.epochs=3"], "schedule.warmup_epochs 5 exceeds train.epochs 3"),
+        (["train.epochs=3", "schedule.warmup_epochs=5"], "schedule.warmup_epochs 5 exceeds train.epochs 3"),
         (["schedule.name=step", "train.epochs=60"], "schedule.milestones [60, 80] lie beyond train.epochs 60"),
     ],
 )
@@ -279,7 +283,8 @@ def test_a_contradiction_is_placed_where_its_key_stands(write: Write) -> None:
 
 
 def test_a_run_of_few_steps_keeps_its_schedule(write: Write) -> None:
-    config = load_config(write(), ["train.steps=10", "train.epochs=1", "schedule.name=step"])
+    words = ["train.steps=10", "train.epochs=1", "schedule.name=step", "schedule.warmup_epochs=5"]
+    config = load_config(write(), words)
     assert config.schedule.warmup_epochs == 5
 
 
@@ -380,6 +385,74 @@ def test_booleans_in_any_form(write: Write, word: str, value: bool) -> None:
     assert load_config(write(), [f"trace={word}", f"train.compile={word}"]).trace is value
 
 
+@pytest.mark.parametrize(
+    ("words", "ema"),
+    [
+        (["ema=true"], EmaConfig()),
+        (["ema=Yes"], EmaConfig()),
+        (["ema=false"], None),
+        (["ema.decay=0.9", "ema=off"], None),
+        (["ema=true", "ema.decay=0.9"], EmaConfig(decay=0.9)),
+        (["ema.decay=auto"], EmaConfig(decay="auto")),
+    ],
+)
+def test_ema_is_a_switch(write: Write, words: list[str], ema: EmaConfig | None) -> None:
+    assert load_config(write(), words).ema == ema
+
+
+@pytest.mark.parametrize(("word", "ema"), [("true", EmaConfig()), ("false", None)])
+def test_ema_is_a_switch_in_a_file(write: Write, word: str, ema: EmaConfig | None) -> None:
+    assert load_config(write(f"ema: {word}\n")).ema == ema
+    write("ema: {decay: 0.9}\n", "base.yaml")
+    over = load_config(write(f"extends: base.yaml\nema: {word}\n")).ema
+    assert over == (EmaConfig(decay=0.9) if ema else None)  # what is on already keeps its keys
+
+
+AUTO = [key for key in valid_keys() if (kind := find_kind(key)) and kind.auto]
+
+
+@pytest.mark.parametrize("key", AUTO)
+def test_auto_where_a_key_takes_it(write: Write, key: str) -> None:
+    part, _, name = key.partition(".")
+    typed = load_config(write(), [f"{key}=auto"])
+    assert typed == load_config(write(f"{part}: {{{name}: auto}}\n"))
+    value = getattr(getattr(typed, part), name)
+    assert value == "auto" or key in ("data.eval_size", "data.eval_resize")  # which the configuration alone tells
+    assert " or auto" in describe(key) or ", auto or null" in describe(key)
+
+
+def test_auto_is_refused_elsewhere(write: Write) -> None:
+    assert len(AUTO) > 5
+    assert refused(write(), "optim.lr=auto") == "optim.lr takes a number above 0, got 'auto' (command line)"
+
+
+# W&B's variables
+
+
+@pytest.mark.parametrize(("key", "variable"), WANDB_NAMES.items())
+def test_wandbs_variables_win_over_defaults_alone(
+    write: Write, monkeypatch: pytest.MonkeyPatch, key: str, variable: str
+) -> None:
+    lists, name = key.endswith("tags"), key.partition(".")[2]
+
+    def found(path: Path, *words: str) -> object:
+        return getattr(load_config(path, words).wandb, name)
+
+    default = found(write())
+    monkeypatch.setenv(variable, "a,b")
+    assert found(write()) == (("a", "b") if lists else "a,b") != default
+    mine = ("mine",) if lists else "mine"
+    assert found(write(), f"{key}=mine") == mine
+    assert found(write(f"wandb: {{{name}: {'[mine]' if lists else 'mine'}}}\n")) == mine
+    monkeypatch.setenv(variable, "")
+    assert found(write()) == default
+
+
+def test_every_key_has_its_own_variable() -> None:
+    assert set(WANDB_NAMES) < set(valid_keys())
+    assert len(set(WANDB_NAMES.values())) == len(WANDB_NAMES)
+
+
 @pytest.mark.parametrize("text", ["[0.2, 1.0]", "0.2,1.0", "0.2, 1", "(0.2,1)", " [2e-1,1e0,] "])
 def test_lists_in_any_form(write: Write, text: str) -> None:
     assert load_config(write(), [f"data.scale={text}"]).data.scale == (0.2, 1)
@@ -402,7 +475,7 @@ def test_numbers_are_decimal(write: Write) -> None:
         ("schedule=step", "schedule takes keys of its own: schedule.name=step"),
         ("data=/x", "data takes keys of its own: data.root=/x"),
         ("train=12", "train takes keys of its own: train.epochs=12"),
-        ("ema=true", "ema takes keys of its own or null: ema.decay=0.9999"),
+        ("ema=maybe", "ema takes true, false, keys of its own or null: ema.decay=auto"),
         ("wandb=false", "wandb takes keys of its own: wandb.mode=online"),
         ("data.scale=0.5", "data.scale takes two numbers: data.scale=[0.08,1.0], got [0.5]"),
         ("data.scale=[a,b]", "data.scale takes two numbers: data.scale=[0.08,1.0], got ['a', 'b']"),
@@ -424,7 +497,7 @@ def test_numbers_are_decimal(write: Write) -> None:
             "checkpoint.every_minutes=",
             "checkpoint.every_minutes= stands without a value: checkpoint.every_minutes takes",
         ),
-        ("ema=", "ema= stands without a value: ema takes keys of its own or null: ema.decay=0.9999"),
+        ("ema=", "ema= stands without a value: ema takes true, false, keys of its own or null: ema.decay=auto"),
         ("run.name.x=1", "run.name takes a name of letters, digits, '_', '.', '+' and '-', got {'x': '1'}"),
         ("run.dir=a\nb", "run.dir: a value is one line, got 'a\\nb'"),
         ("run.dir=a\0b", "run.dir: a value is one line, got 'a\\x00b'"),
@@ -555,77 +628,15 @@ def test_references_in_a_circle(write: Write) -> None:
     ],
 )
 def test_what_is_dumped_loads_as_it_was(write: Write, config: Config) -> None:
-    resolved = load_config(write(dump_config(config), "first.yaml"))
-    assert resolved.run.name == config.run.name
+    resolved, expected = load_config(write(dump_config(config), "first.yaml")), follow_names(config)
+    assert resolved.run.name == expected.run.name
     assert resolved.ema == config.ema
     assert resolved.optim == config.optim
-    assert resolved.data == config.data
+    assert resolved.data == expected.data
     assert load_config(write(dump_config(resolved), "second.yaml")) == resolved
 
 
-# The command line
-
-
-def test_arguments_in_any_order() -> None:
-    args = parse_args(["a=1", "--config", "c.yaml", "b=2", "--print-config", "c=3"])
-    assert args.config == "c.yaml"
-    assert args.print_config
-    assert args.overrides == ["a=1", "b=2", "c=3"]
-    assert parse_args([]).config == DEFAULT_CONFIG
-
-
-@pytest.mark.parametrize(
-    ("argv", "overrides"),
-    [
-        (["--optim.lr=0.1"], ["optim.lr=0.1"]),
-        (["--optim.lr", "0.1", "a=1"], ["optim.lr=0.1", "a=1"]),
-        (["--train.global-batch", "8"], ["train.global_batch=8"]),
-        (["--optim.lr", "-1"], ["optim.lr=-1"]),
-        (["--trace", "--config", "c.yaml"], ["trace=true"]),
-        (["--train.compile", "no", "--trace"], ["train.compile=no", "trace=true"]),
-        (["--run.dir=", "--run.name=a=b"], ["run.dir=", "run.name=a=b"]),
-        (["--config", "--optim.lr"], []),  # argparse's own word for it
-    ],
-)
-def test_keys_behind_dashes(argv: list[str], overrides: list[str]) -> None:
-    if overrides:
-        assert parse_args(argv).overrides == overrides
-    else:
-        with pytest.raises(UserError, match="--config: expected one argument"):
-            parse_args(argv)
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--lr", "0.1"], "--lr is no option; write optim.lr=0.1"),
-        (["--lr=0.1"], "--lr is no option; write optim.lr=0.1"),
-        (["--epochs=90"], "--epochs is no option; write train.epochs=90"),
-        (["-b", "256"], "-b is no option; write train.global_batch=256 (the whole step's, over all processes)"),
-        (["--batch-size"], "--batch-size is no option; write train.global_batch=1024 (the whole step's, over all"),
-        (["--model", "resnet18"], "--model: model takes keys of its own: model.name=resnet18"),
-        (["-a", "resnet18"], "-a is no option; write model.name=resnet18"),
-        (["--data", "/x"], "--data: data takes keys of its own: data.root=/x"),
-        (["--data-path", "/x"], "--data-path is no option; write data.root=/x"),
-        (["--workers", "4"], "--workers is no option; write data.workers=4"),
-        (["-j", "4"], "-j is no option; write data.workers=4"),
-        (["--wd", "1e-4"], "--wd is no option; write optim.weight_decay=1e-4"),
-        (["--weight-decay", "1e-4"], "--weight-decay is no option; write optim.weight_decay=1e-4"),
-        (["--resume", "x.pt"], "--resume is no option: the same command continues the run by itself"),
-        (["--nproc_per_node=2"], "--nproc_per_node is no option: it is torchrun's and stands before train.py"),
-        (["--confg", "c.yaml"], "--confg is no option; did you mean --config?"),
-        (["--print_config"], "--print_config is no option; did you mean --print-config?"),
-        (["--zzz"], "--zzz is no option; settings are written key=value"),
-        (["--optim.lr"], "--optim.lr stands without a value: optim.lr takes a number above 0"),
-        (["--optim.lr", "--trace"], "--optim.lr stands without a value: optim.lr takes a number above 0"),
-        (["--config"], "argument --config: expected one argument"),
-    ],
-)
-def test_options_of_other_trainers(argv: list[str], message: str) -> None:
-    with pytest.raises(UserError) as caught:
-        parse_args(argv)
-    assert str(caught.value).startswith(message)
-    assert len(str(caught.value).splitlines()) == 1
+# Where files are
 
 
 def test_configurations_are_found_beside_the_code(write: Write, tmp_path: Path) -> None:
@@ -633,7 +644,7 @@ def test_configurations_are_found_beside_the_code(write: Write, tmp_path: Path) 
     assert here.model.name == "resnet50"
     write("run: {name: mine}\n", "configs/resnet50.yaml")
     assert load_config(DEFAULT_CONFIG).run.name == "mine"  # the working directory's goes first
-    assert load_config("configs/resnet101.yaml").run.name == "resnet101"  # its extends: is beside it, not here
+    assert load_config("configs/resnet101.yaml").run.name == "resnet101-imagenet"  # its extends: is beside it, not here
     (tmp_path / "configs/resnet50.yaml").unlink()
     (tmp_path / "configs/resnet50.yaml").mkdir()
     assert refused(DEFAULT_CONFIG).endswith("Is a directory")

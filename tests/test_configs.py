@@ -73,4 +73,6 @@ def test_it_trains_three_steps(config: Path, folder: Path) -> None:
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [(r["kind"], r["step"]) for r in records] == [("train", 3), ("eval", 3)]
     assert newest_valid(folder / "checkpoints", pytest.fail) == folder / "checkpoints" / "step_00000003.pt"
-    assert load_config(folder / "config.yaml").model == load_config(config).model
+    asked, written = load_config(config).model, load_config(folder / "config.yaml").model
+    assert written.num_classes == 1000  # of the synthetic images
+    assert written == asked.model_copy(update={"num_classes": written.num_classes})

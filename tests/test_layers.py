@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # From the top. A name stands for the module or the whole package. A unit imports units of lower layers only.
 LAYERS = (
-    ("train", "distrib.tools"),
+    ("train", "distrib.tools", "distrib.__main__"),
     ("distrib.engine", "distrib.checkpoint", "distrib.folder", "distrib.log", "distrib.metrics"),
     ("distrib.data", "distrib.models", "distrib.optim", "distrib.augment"),
     ("distrib.runtime", "distrib.entry"),
@@ -21,15 +21,16 @@ LAYERS = (
     ("distrib.layout", "distrib.place", "distrib.surroundings"),
     ("distrib.cli", "distrib.options"),
     ("distrib.keys", "distrib.follow"),
-    ("distrib.config",),
+    ("distrib.config", "distrib.root"),
     ("distrib",),  # the package itself: its version
 )
 DEPTH = {unit: depth for depth, layer in enumerate(LAYERS) for unit in layer}
 APART = ("distrib.tools",)  # programs, each a module or a sub-package, that do not import each other either
 LAUNCH_MAY = (
-    "distrib.config", "distrib.cli", "distrib.follow", "distrib.layout", "distrib.options", "distrib.surroundings",
+    "distrib.config", "distrib.cli", "distrib.entry", "distrib.follow", "distrib.layout", "distrib.options",
+    "distrib.root", "distrib.surroundings",
 )  # fmt: skip
-WITHOUT_TORCH = ("launch", "distrib", "distrib.keys", "distrib.entry", *LAUNCH_MAY)  # a login node has none
+WITHOUT_TORCH = ("launch", "distrib", "distrib.__main__", "distrib.keys", *LAUNCH_MAY)  # a login node has none
 AGENT = "launch.agent"  # the one exception: a program that stands in for torchrun, started only where torch is
 OURS = ("distrib", "launch", "train", "tests", "benchmarks")
 

@@ -15,6 +15,10 @@ from PIL import Image
 NOWHERE = ("no data at /nope/train", ["model.num_classes=2", "data.root=/nope", "train.global_batch=4"])
 CLASSES = ("model.num_classes", ["model.num_classes=7", "data.root={data}", "train.global_batch=4"])
 SHARE = ("data.val_split 0.9 leaves nothing to train on in", ["data.root={data}", "data.val_split=0.9"])
+FEW = (
+    "processes are more than the 1 training images: start fewer",
+    ["data.root=/nope", "data.loader=synthetic", "data.synthetic.train=1"],
+)
 SMALL = (
     "train.global_batch 1 is smaller than the",
     ["data.root=/nope", "data.loader=synthetic", "train.global_batch=1"],
@@ -49,7 +53,7 @@ def fill(words: list[str], data: Path, tmp_path: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     ("procs", "mistake"),
-    [(2, NOWHERE)] * 4 + [(2, CLASSES), (2, SHARE), (2, SMALL), (2, OPTION), (4, NOWHERE), (4, SHARE)],
+    [(2, NOWHERE)] * 4 + [(2, CLASSES), (2, SHARE), (2, SMALL), (2, OPTION), (4, NOWHERE), (4, FEW)],
 )
 def test_torchrun(procs: int, mistake: tuple[str, list[str]], data: Path, tmp_path: Path) -> None:
     part, words = mistake
@@ -69,7 +73,7 @@ def test_torchrun(procs: int, mistake: tuple[str, list[str]], data: Path, tmp_pa
 
 @pytest.mark.parametrize(
     ("procs", "mistake"),
-    [(2, NOWHERE)] * 3 + [(2, CLASSES), (2, SHARE), (2, SMALL), (2, OPTION), (4, NOWHERE), (4, SHARE), (4, SMALL)],
+    [(2, NOWHERE)] * 3 + [(2, CLASSES), (2, SHARE), (2, SMALL), (2, OPTION), (4, NOWHERE), (4, FEW), (4, SMALL)],
 )
 def test_launch(procs: int, mistake: tuple[str, list[str]], data: Path, tmp_path: Path) -> None:
     part, words = mistake

@@ -14,6 +14,7 @@ from distrib.data.fetch import Bad, too_many
 from distrib.data.files import DataUnavailable, first_line
 from distrib.data.index import Index
 from distrib.layout.folders import as_utf8, shown
+from distrib.surroundings import same_command
 
 SPLITS = ("train", "val")
 FIELDS = {"split": str, "file": str, "bytes": int, "mtime_ns": int, "kind": str, "reason": str}
@@ -84,7 +85,7 @@ class Quarantine:
         if too_many(self._lost, count):
             raise DataUnavailable(
                 f"{self._lost} of {count} images in {root} cannot be read ({reason}). "
-                "Once they can, the same command continues from the newest checkpoint"
+                f"Once they can, {same_command()} continues from the newest checkpoint"
             )
         if len(self._bad) == count:
             message = f"none of the {count} images in {root} can be read"

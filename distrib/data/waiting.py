@@ -12,6 +12,7 @@ from distrib.data.files import DataUnavailable, Outage
 from distrib.data.index import Index
 from distrib.faults import Interrupted
 from distrib.layout.folders import shown
+from distrib.surroundings import same_command
 
 LOOK = 0.5  # seconds between two looks at a request to stop
 # Seconds that a batch may take without being a wait: a request to stop does not cut these short. A run of several ranks
@@ -81,7 +82,7 @@ class Waiting:
             delay = min(2 * delay, PROBE_EVERY)
         raise DataUnavailable(
             f"cannot read {shown(self._index.root)}: {reason}; waited {self._minutes:g} minutes (data.wait_minutes). "
-            "Once it is back, the same command continues from the newest checkpoint"
+            f"Once it is back, {same_command()} continues from the newest checkpoint"
         )
 
     def arrived(self) -> None:

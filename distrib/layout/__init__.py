@@ -11,10 +11,10 @@ import pwd
 import tempfile
 from pathlib import Path
 
-from distrib.cli import ROOT
 from distrib.config import Auto, DataConfig, UserError
 from distrib.layout.folders import as_utf8, patiently, reason, scan, shown, unreadable, walk, without_images
 from distrib.layout.splits import FOLDERS, HELD_OUT, WNID, Split, check_classes, folders_of
+from distrib.root import ROOT
 
 SPLITS = ("train", "val")
 

@@ -26,11 +26,11 @@ from torch.nn import functional as F
 from distrib.config import Config, ModelConfig, UserError
 from distrib.engine.prepare import DTYPES, effective_precision, set_up_device
 from distrib.models import build_model
+from distrib.root import TRAIN
 from distrib.runtime import start
 from distrib.tools.bench import photos
 from distrib.tools.bench.report import ROOT, Report, clean_environment, cores, has_dali, in_fresh_process, positive
 
-TRAIN = ROOT / "train.py"
 GOAL = (">=", 0.97)
 INTERVALS = 8  # of a run; the first is not counted: caches fill, and cuDNN searches
 FASTEST = "fastest interval of "
@@ -55,8 +55,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measures ``--pairs`` pairs and prints the report."""
-    if not TRAIN.exists():
-        raise UserError(f"{TRAIN} is not there: run this in a checkout of the repository")
     if args.steps < 2 * INTERVALS:
         raise UserError(f"--steps {args.steps} is too short to measure: give {2 * INTERVALS} or more")
     build_model(ModelConfig(name=args.model, num_classes=1000))  # a name that is none is told before anything runs
