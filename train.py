@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from distrib import checkpoint
 from distrib.checkpoint import Checkpointer
@@ -51,8 +52,9 @@ from distrib.lease import Lease
 from distrib.log import ConsoleSink, JsonlSink, Log, WandbSink, new_run_id
 from distrib.metrics import SaveTimer, Trace, TrainMeter
 from distrib.models import build_model
-from distrib.optim import Ema, build_optimizer, build_schedule, peak_lr
+from distrib.optim import Ema, build_optimizer, build_schedule, freeze, peak_lr
 from distrib.runtime import Runtime, leave, start
+from distrib.weights import load_weights
 
 SYNTHETIC_CLASSES = 1000  # ImageNet's
 REMEDY = "lower optim.lr or raise schedule.warmup_epochs, and start under another run.name or run.dir"
@@ -294,6 +296,8 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
 
     torch.manual_seed(config.run.seed)
     network = build_model(config.model).to(memory_format=torch.channels_last).to(device)
+    if config.optim.freeze is not None:
+        freeze(network, config.optim.freeze)
     check_batch_norm(network, plan.smallest_slice, config.data.size)
 
     folder = RunFolder(config.run.dir)
@@ -307,6 +311,11 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
     if saved is not None:
         config = keep(asked.config, config, saved)
     progress = find_progress(newest, saved, config, data, total_steps, log)
+    begun_with = None  # a run that continues needs its first weights no more
+    if saved is None and config.model.weights is not None:
+        classes = indexes[0].classes if indexes else None
+        begun_with = runtime.main_first(lambda: load_weights(network, config.model, classes, say))
+        runtime.check_same(begun_with, f"begins with other weights than rank 0 (model.weights): {begun_with}")
     loader = runtime.on_each(
         lambda: build_loader(
             config.data,
@@ -334,10 +343,10 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
     runtime.barrier()  # the traces are cut; the ranks may open them
 
     lr = peak_lr(config.optim, plan.global_batch)
-    for line in resolved(
-        config, runtime, plan, precision, lr, sum(p.numel() for p in network.parameters()), total_steps
-    ):
+    for line in resolved(config, runtime, plan, precision, lr, network, total_steps):
         log.message(line)
+    if begun_with is not None:
+        log.message(begun_with)
     if followed := told(asked.config, config):
         log.message(f"settings that follow: {', '.join(followed)}")
 
@@ -419,12 +428,16 @@ def find_progress(
 
 
 def resolved(
-    config: Config, runtime: Runtime, plan: TrainPlan, precision: str, lr: float, parameters: int, total_steps: int
+    config: Config, runtime: Runtime, plan: TrainPlan, precision: str, lr: float, network: nn.Module, total_steps: int
 ) -> tuple[str, str]:
     """What follows from the configuration, in two lines."""
+    parameters = sum(p.numel() for p in network.parameters())
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     train, ranks = config.train, f"{runtime.world} × {runtime.device.type}"
     return (
-        f"{config.model.name}, {parameters / 1e6:.2f} M parameters; {ranks}, {precision}"
+        f"{config.model.name}, {parameters / 1e6:.2f} M parameters"
+        + (f", {trained / 1e6:.2f} M of them trained" if trained < parameters else "")
+        + f"; {ranks}, {precision}"
         + (f" ({train.precision} is not for this processor)" if precision != train.precision else "")
         + f", channels-last{', compiled' if settled(train.compile) else ''}"
         + (", deterministic" if train.deterministic else ""),

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+import torchvision
 
 from distrib.checkpoint import newest_valid
 from distrib.cli import dump_config, load_config
@@ -62,9 +64,20 @@ def test_it_loads_and_its_dump_loads_to_the_same(config: Path, tmp_path: Path) -
     assert load_config(tmp_path / "dump.yaml") == loaded
 
 
-def test_it_trains_three_steps(config: Path, folder: Path) -> None:
+@pytest.fixture(scope="module")
+def torch_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where torch finds "ImageNet's" weights without a network."""
+    home = tmp_path_factory.mktemp("torch")
+    name = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url.rpartition("/")[2]
+    (home / "hub" / "checkpoints").mkdir(parents=True)
+    torch.save(torchvision.models.resnet18().state_dict(), home / "hub" / "checkpoints" / name)
+    return home
+
+
+def test_it_trains_three_steps(config: Path, folder: Path, torch_home: Path) -> None:
     command = [sys.executable, "train.py", "--config", str(config), *TINY, f"run.dir={folder}"]
     environ = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
+    environ["TORCH_HOME"] = str(torch_home)
     done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr

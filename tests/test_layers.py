@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the top. A name stands for the module or the whole package. A unit imports units of lower layers only.
 LAYERS = (
     ("train", "distrib.tools", "distrib.__main__"),
-    ("distrib.engine", "distrib.checkpoint", "distrib.folder", "distrib.log", "distrib.metrics"),
+    ("distrib.engine", "distrib.checkpoint", "distrib.folder", "distrib.log", "distrib.metrics", "distrib.weights"),
     ("distrib.data", "distrib.models", "distrib.optim", "distrib.augment"),
     ("distrib.runtime", "distrib.entry"),
     ("distrib.lease",),

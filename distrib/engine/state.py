@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ class TrainState:
         runtime: Runtime,
     ) -> None:
         self._model, self._optimizer, self._scaler, self._ema, self._runtime = model, optimizer, scaler, ema, runtime
-        statistics = [name for name, buffer in model.named_buffers() if buffer.is_floating_point()]
+        statistics = [name for name, buffer in _changing_buffers(model) if buffer.is_floating_point()]
         # Where each rank-local tensor stands: (which network, its key).
         self._keys = [(which, name) for which in self._networks() for name in statistics]
 
@@ -97,3 +97,10 @@ class TrainState:
         for (which, name), value in self._unpacked(flat).items():
             networks[which][name] = value
         return networks
+
+
+def _changing_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Without those of frozen norms: they are equal on all ranks, and of a mean over ranks the last bit may differ."""
+    for name, module in model.named_modules():
+        if module.training:
+            yield from module.named_buffers(name, recurse=False)

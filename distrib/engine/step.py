@@ -39,7 +39,7 @@ class TrainStep:
     def __call__(self, batches: Sequence[Batch], step: int, lr: float) -> torch.Tensor:
         """Trains step ``step``, counted from 0; returns this rank's summed loss, fp32 [] on the device."""
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_factor", 1.0)
         losses = []
         for k, batch in enumerate(batches):
             # Gradients are reduced once a step, in the last backward.

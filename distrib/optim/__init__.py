@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import nn
 
 from distrib.config import OptimConfig
 from distrib.optim.ema import Ema
+from distrib.optim.finetune import freeze, lr_factors
 from distrib.optim.schedule import build_schedule
 
-__all__ = ["Ema", "build_optimizer", "build_schedule", "fill_momentum", "peak_lr"]
+__all__ = ["Ema", "build_optimizer", "build_schedule", "fill_momentum", "freeze", "peak_lr"]
 
 
 def peak_lr(cfg: OptimConfig, global_batch: int) -> float:
@@ -21,11 +25,24 @@ def peak_lr(cfg: OptimConfig, global_batch: int) -> float:
     return cfg.lr * {"linear": growth, "sqrt": growth**0.5, "none": 1.0}[cfg.scaling]
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Weights of convolutions and linear layers decay; vectors (norms, biases) do not (He et al. 2018, 1812.01187)."""
-    weights = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-    return [{"params": weights, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+def parameter_groups(
+    model: nn.Module, weight_decay: float, factors: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """Groups for the optimizer of what is to be trained: two for each factor on the learning rate, in forward order.
+
+    Weights of convolutions and linear layers decay; vectors (norms, biases) do not (He et al. 2018, 1812.01187).
+    ``factors`` are by a parameter's name, 1 where it has none. Each group's lies under "lr_factor" for the step, which
+    sets the learning rates.
+    """
+    factors = factors or {}
+    trained = [(factors.get(name, 1.0), p) for name, p in model.named_parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = []
+    for factor in dict.fromkeys(factor for factor, _ in trained):
+        own = [p for other, p in trained if other == factor]
+        weights, vectors = [p for p in own if p.ndim > 1], [p for p in own if p.ndim <= 1]
+        groups.append({"params": weights, "weight_decay": weight_decay, "lr_factor": factor})
+        groups.append({"params": vectors, "weight_decay": 0.0, "lr_factor": factor})
+    return [group for group in groups if group["params"]]
 
 
 def build_optimizer(model: nn.Module, cfg: OptimConfig, lr: float) -> torch.optim.Optimizer:
@@ -36,7 +53,7 @@ def build_optimizer(model: nn.Module, cfg: OptimConfig, lr: float) -> torch.opti
     """
     on_gpu = next(model.parameters()).is_cuda
     optimizer = torch.optim.SGD(
-        parameter_groups(model, cfg.weight_decay),
+        parameter_groups(model, cfg.weight_decay, lr_factors(model, cfg.head_lr, cfg.layer_decay)),
         lr=lr,
         momentum=cfg.momentum,
         nesterov=cfg.nesterov,
