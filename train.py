@@ -119,11 +119,11 @@ class Run:
                 stopping = self.stop_without_data(meter, lr)
                 break
             self.unsaved = True
-            loss = self.step(batches, progress.step, lr)
-            meter.add(loss)
+            result = self.step(batches, progress.step, lr, measure_norm=self.record_due(progress.step + 1))
+            meter.add(*result)
             progress.step += 1
             if trace is not None:
-                trace.step(progress.step, batches, loss)
+                trace.step(progress.step, batches, result.loss)
             if progress.step % config.log.every_steps == 0:
                 self.log_records(meter.close_interval(progress.step, lr))
 
@@ -150,9 +150,16 @@ class Run:
 
     def eval_due(self) -> bool:
         """Whether the weights as they are now are to be evaluated and were not."""
+        return self.evaluated_after(self.progress.step) and self.progress.evaluated < self.progress.step
+
+    def evaluated_after(self, step: int) -> bool:
+        """Whether the weights are to be evaluated after so many steps."""
         every = max(1, round(self.config.train.eval_every_epochs * self.plan.steps_per_epoch))
-        due = self.progress.step % every == 0 or self.progress.step == self.total_steps
-        return due and self.progress.evaluated < self.progress.step
+        return step % every == 0 or step == self.total_steps
+
+    def record_due(self, step: int) -> bool:
+        """Whether a training record is to end with this step; a save or a stop may end one earlier."""
+        return step % self.config.log.every_steps == 0 or self.evaluated_after(step)
 
     def save_due(self) -> bool:
         """Whether this step has one of the regular saves."""

@@ -204,7 +204,7 @@ def test_reading_the_weights_leaves_each_ranks_own(ranks: list[dict[str, Any]]) 
 def test_training_is_left_alone(stops: int | None) -> None:
     """Weights, statistics, gradients and mode of the net that trains, also where the evaluation is cut short."""
     objective, weights = make_parts()
-    objective(*pool()).backward()
+    objective(*pool())[0].backward()
     before = copied(objective.network.state_dict())
     gradients = [p.grad.clone() for p in objective.network.parameters()]
     given = copied(weights)
@@ -218,7 +218,7 @@ def test_training_is_left_alone(stops: int | None) -> None:
     assert_equal([p.grad for p in objective.network.parameters()], gradients)
     assert all(module.training for module in objective.modules())
     assert all(p.requires_grad and not p.is_inference() for p in objective.parameters())
-    objective(*pool()).backward()  # and it trains on
+    objective(*pool())[0].backward()  # and it trains on
 
 
 def test_it_evaluates_what_it_is_given_and_not_what_it_was_made_from() -> None:
