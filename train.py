@@ -109,6 +109,7 @@ class Run:
             stopping = not self.evaluate(agreement)
             if not stopping:
                 self.save()
+        self.log.progress("train", progress.step, self.total_steps)
         meter.resume()
         while progress.step < self.total_steps and not stopping:
             if self.lease is not None:
@@ -122,6 +123,7 @@ class Run:
             result = self.step(batches, progress.step, lr, measure_norm=self.record_due(progress.step + 1))
             meter.add(*result)
             progress.step += 1
+            self.log.progress("train", progress.step, self.total_steps)
             if trace is not None:
                 trace.step(progress.step, batches, result.loss)
             if progress.step % config.log.every_steps == 0:
@@ -169,7 +171,8 @@ class Run:
     def evaluate(self, agreement: Agreement) -> bool:
         """Evaluates the weights as they are now; False where a request to stop cut it short."""
         progress, plan = self.progress, self.eval_plan
-        result = self.evaluator(self.state.weights(), self.loader.evaluate(plan), plan, self.runtime, agreement, STOP)
+        batches, tell = self.loader.evaluate(plan), partial(self.log.progress, "eval")
+        result = self.evaluator(self.state.weights(), batches, plan, self.runtime, agreement, STOP, tell)
         if result is None:
             return False
         progress.evaluated, progress.result, self.unsaved = progress.step, result, True
@@ -302,7 +305,8 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
     check_batch_norm(network, plan.smallest_slice, config.data.size)
 
     folder = RunFolder(config.run.dir)
-    console = ConsoleSink(total_steps) if runtime.is_main else None
+    classes = settled(config.model.num_classes)
+    console = ConsoleSink(total_steps, plan.steps_per_epoch, classes) if runtime.is_main else None
     log = Log([console] if console else [])
     warn = (lambda text: log.warning(text)) if runtime.is_main else say  # of the log as it is then
     lease = runtime.on_main_only(lambda: Lease(folder.path).acquire(say, STOP.requested))
@@ -316,7 +320,7 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
         lambda: build_loader(
             config.data,
             indexes,
-            settled(config.model.num_classes),
+            classes,
             device,
             folder.bad_samples,
             warn,
