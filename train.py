@@ -180,7 +180,8 @@ class Run:
         if top1 > progress.best_top1:
             progress.best_step, progress.best_top1 = progress.step, top1
         epoch = progress.step / self.plan.steps_per_epoch
-        self.log_records([{"kind": "eval", "step": progress.step, "epoch": epoch, **result}])
+        best = {"best_step": progress.best_step, "best_top1": progress.best_top1}
+        self.log_records([{"kind": "eval", "step": progress.step, "epoch": epoch, **result, **best}])
         return True
 
     def stop_without_data(self, meter: TrainMeter, lr: float) -> bool:
@@ -336,16 +337,15 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
     if asked.fresh:
         runtime.on_main(lambda: folder.move_aside(say))
     checkpointer = runtime.on_main_only(lambda: open_folder(folder, lease, config, progress.step, state_bytes, warn))
+    lr, parameters = peak_lr(config.optim, plan.global_batch), sum(p.numel() for p in network.parameters())
     if console is not None and lease is not None:
-        values = config.model_dump(mode="json")
-        wandb = WandbSink(config.wandb, progress.wandb_id, config.run.name, folder.path, values, warn)
+        values, batch = config.model_dump(mode="json"), plan.global_batch
+        facts = {"learning_rate": lr, "world_size": runtime.world, "global_batch": batch, "parameters": parameters}
+        wandb = WandbSink(config.wandb, progress.wandb_id, config.run.name, folder.path, values, facts, warn)
         log = Log([console, JsonlSink(folder.metrics, warn, lease.held), wandb])
     runtime.barrier()  # the traces are cut; the ranks may open them
 
-    lr = peak_lr(config.optim, plan.global_batch)
-    for line in resolved(
-        config, runtime, plan, precision, lr, sum(p.numel() for p in network.parameters()), total_steps
-    ):
+    for line in resolved(config, runtime, plan, precision, lr, parameters, total_steps):
         log.message(line)
     if followed := told(asked.config, config):
         log.message(f"settings that follow: {', '.join(followed)}")

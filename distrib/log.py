@@ -42,6 +42,8 @@ INIT_SECONDS = 20.0
 CLOSE_SECONDS = 30.0
 RETRY_SECONDS = 60.0
 
+BEST = "best_"  # begins what an evaluation's record says of the best one so far
+
 # The public server, which W&B calls by the first name since 0.31, and keys in old .netrc files by the second.
 SAME_SERVER = {"api.forge.coreweave.com": "api.wandb.ai"}
 
@@ -262,8 +264,11 @@ class JsonlSink:
 
 
 def new_run_id() -> str:
-    """An id for W&B: short, and safe in a file name and in a URL."""
-    return secrets.token_hex(4)
+    """An id for W&B: the one that a sweep's agent or a launcher has given out, or one of our own.
+
+    Ours is short, and safe in a file name and in a URL.
+    """
+    return os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
 
 
 class WandbSink:
@@ -272,6 +277,9 @@ class WandbSink:
     Whatever goes wrong is told to ``notify`` and the run goes on; without a key or a server W&B writes offline. The
     same ``run_id`` again continues the W&B run, which keeps the steps it has: those that a resumed run repeats are
     not logged twice. ``WANDB_MODE`` wins over ``cfg.mode``.
+
+    ``facts`` go to the run's summary, the row that W&B's tables compare runs by. There too are each metric's last
+    value and, from an evaluation's ``best_…``, the best one and its step.
     """
 
     def __init__(
@@ -281,6 +289,7 @@ class WandbSink:
         run_name: str,
         run_dir: Path,
         config: dict[str, Any],
+        facts: Mapping[str, float],
         notify: Callable[[str], None],
     ) -> None:
         named = os.environ.get("WANDB_MODE") or cfg.mode
@@ -304,15 +313,18 @@ class WandbSink:
             notify(f"W&B is off: {_brief(error)}")
             return
         self._wandb: Any = wandb
-        # W&B writes to /tmp, without a word, where the directory is missing.
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self._upload = f"wandb sync {run_dir / 'wandb'}/offline-run-*"
+        folder = self._make_folder(cfg.dir, run_dir)
+        self._upload = f"wandb sync {folder / 'wandb'}/offline-run-*"
+        self._summary = dict(facts)
         self._run_args = {
             "project": cfg.project,
             "entity": cfg.entity,
             "id": run_id,
-            "name": run_name,
-            "dir": str(run_dir),
+            "name": cfg.name or run_name,
+            "group": cfg.group,
+            "tags": cfg.tags,
+            "notes": cfg.notes,
+            "dir": str(folder),
             "config": config,
             "resume": "allow",
         }
@@ -346,6 +358,18 @@ class WandbSink:
             self._kill_service()  # or Python waits for it at exit, without end
             thread.join(2)
             self._notify(f"W&B: given up after {CLOSE_SECONDS:.0f} s; to upload the rest: {self._upload}")
+
+    def _make_folder(self, asked: str | None, run_dir: Path) -> Path:
+        """Where W&B may write: it would write to /tmp, without a word, where the folder is missing."""
+        if asked is not None:
+            folder = Path(os.path.expanduser(asked))
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                return folder
+            except OSError as error:
+                self._notify(f"W&B: cannot make wandb.dir {folder}: {error.strerror}; it writes to {run_dir}")
+        run_dir.mkdir(parents=True, exist_ok=True)
+        return run_dir
 
     def _work(self) -> None:
         try:
@@ -418,7 +442,7 @@ class WandbSink:
         atexit.register(self.close, 1)
         for kind in ("train", "eval"):
             run.define_metric(f"{kind}/*", step_metric="step")
-        run.define_metric("eval/top1", step_metric="step", summary="max")
+        run.summary.update(self._summary)
         return run
 
     def _go_offline(self, reason: str) -> None:
@@ -429,10 +453,11 @@ class WandbSink:
         if isinstance(item, int):
             run.finish(exit_code=item)
             return
-        shared = {key: item[key] for key in ("step", "epoch") if key in item}
-        kind = item["kind"]
-        named = {f"{kind}/{key}": value for key, value in item.items() if key not in ("kind", "step", "epoch")}
-        run.log(shared | named, step=item["step"])
+        history, best = _in_wandbs_names(item)
+        run.log(history, step=item["step"])
+        if best:
+            self._summary |= best  # for a run that is started anew
+            run.summary.update(best)
 
     def _reset(self) -> None:
         self._kill_service()
@@ -448,6 +473,20 @@ class WandbSink:
     def _tear_down(self) -> None:
         with contextlib.suppress(Exception, SystemExit):  # it exits with the service's code, and complains of its death
             self._wandb.teardown()
+
+
+def _in_wandbs_names(record: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What of a record goes to W&B's history, and what to its summary alone."""
+    history: dict[str, Any] = {}
+    summary: dict[str, Any] = {}
+    for key, value in record.items():
+        if key.startswith(BEST):
+            summary[f"best/{key.removeprefix(BEST)}"] = value
+        elif key in ("step", "epoch"):
+            history[key] = value
+        elif key != "kind":
+            history[f"{record['kind']}/{key}"] = value
+    return history, summary
 
 
 def _api_key(session: Any) -> str | None:

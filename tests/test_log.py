@@ -306,10 +306,18 @@ def test_dumb_terminal_gets_plain_lines(monkeypatch):
     assert "\x1b" not in terminal.getvalue()
 
 
-def test_run_ids_differ_and_are_safe():
+def test_run_ids_differ_and_are_safe(monkeypatch):
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
     ids = {new_run_id() for _ in range(100)}
     assert len(ids) == 100
     assert all(re.fullmatch(r"[a-z0-9]{8}", run_id) for run_id in ids)
+
+
+def test_a_run_id_that_is_given_out_is_taken(monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "trial-7")
+    assert new_run_id() == "trial-7"
+    monkeypatch.setenv("WANDB_RUN_ID", "")
+    assert re.fullmatch(r"[a-z0-9]{8}", new_run_id())
 
 
 # W&B keeps state for the whole process, so each of these is a process of its own, as a run is.
@@ -320,9 +328,12 @@ from pathlib import Path
 import distrib.log as log
 from distrib.config import WandbConfig
 
-def make(mode="online"):
+FACTS = {"learning_rate": 0.4, "world_size": 8, "global_batch": 1024, "parameters": 25557032}
+
+def make(mode="online", **settings):
     notify = lambda text: print("NOTICE", text, flush=True)
-    return log.WandbSink(WandbConfig(mode=mode), "abc12345", "a run", Path("run"), {"optim": {"lr": 0.1}}, notify)
+    cfg, config = WandbConfig(mode=mode, **settings), {"optim": {"lr": 0.1}}
+    return log.WandbSink(cfg, "abc12345", "a run", Path("run"), config, FACTS, notify)
 
 def record(sink, step):
     sink.record({"kind": "train", "step": step, "epoch": step / 10, "loss": float("nan")})
@@ -369,19 +380,36 @@ def messages(data):
             whole = b""
 
 
-def history(tmp_path):
-    """The steps that lie in W&B's files, folder by folder."""
+def stored(tmp_path, folder="run"):
+    """The records in W&B's files, one list a file."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     return [
+        [Record.FromString(message) for message in messages(path.read_bytes())]
+        for path in sorted((tmp_path / folder / "wandb").glob("*run-*-abc12345/run-abc12345.wandb"))
+    ]
+
+
+def history(tmp_path):
+    """The steps that lie in W&B's files, folder by folder."""
+    return [
         [
             int(item.value_json)
-            for message in messages(path.read_bytes())
-            for item in Record.FromString(message).history.item
+            for record in records
+            for item in record.history.item
             if (item.key or item.nested_key[0]) == "step"
         ]
-        for path in sorted((tmp_path / "run" / "wandb").glob("*run-*-abc12345/run-abc12345.wandb"))
+        for records in stored(tmp_path)
     ]
+
+
+def summary(records):
+    """A run's summary as it is in the end: what one file's records have set."""
+    values = {}
+    for record in records:
+        for item in record.summary.update:
+            values[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
+    return values
 
 
 @pytest.fixture
@@ -449,6 +477,72 @@ def test_wandb_offline_and_again_with_the_same_id(tmp_path):
     assert run_wandb(tmp_path, body)[0] == []
     assert run_wandb(tmp_path, body)[0] == []
     assert history(tmp_path) == [[1, 2, 3], [1, 2, 3]]
+
+
+def test_wandb_summary_has_what_runs_are_compared_by(tmp_path):
+    body = """
+        sink = make("offline")
+        best = {"best_step": 1, "best_top1": 70.0}
+        sink.record({"kind": "train", "step": 1, "epoch": 0.1, "top1": 60.0, "gradient_norm": 2.5})
+        sink.record({"kind": "eval", "step": 1, "epoch": 0.1, "top1": 70.0, **best})
+        sink.record({"kind": "train", "step": 2, "epoch": 0.2, "top1": 61.0, "gradient_norm": 1.5})
+        sink.record({"kind": "eval", "step": 2, "epoch": 0.2, "top1": 68.0, **best})
+        sink.record({"kind": "train", "step": 3, "epoch": 0.3, "top1": 62.0})
+        sink.close(0)
+        """
+    assert run_wandb(tmp_path, body)[0] == []
+    (records,) = stored(tmp_path)
+    found = summary(records)
+    assert {key: value for key, value in found.items() if not key.startswith("_")} == {
+        "learning_rate": 0.4,
+        "world_size": 8,
+        "global_batch": 1024,
+        "parameters": 25557032,
+        "step": 3,
+        "epoch": 0.3,
+        "train/top1": 62.0,
+        "train/gradient_norm": 1.5,
+        "eval/top1": 68.0,
+        "best/step": 1,
+        "best/top1": 70.0,
+    }
+    names = {item.key or "/".join(item.nested_key) for record in records for item in record.history.item}
+    assert {"step", "epoch", "train/top1", "train/gradient_norm", "eval/top1"} <= names
+    assert not any("best" in name for name in names)
+
+
+def test_wandb_gets_the_names_that_are_asked_for(tmp_path):
+    body = """
+        named = {"name": "a trial", "group": "rates", "tags": ("one", "two"), "notes": "why", "dir": "~/else/where"}
+        sink = make("offline", **named)
+        record(sink, 1)
+        sink.close(0)
+        sink = make("offline")
+        record(sink, 1)
+        sink.close(0)
+        """
+    # A launcher's id is for a new run; the sink is told the one that this run has.
+    assert run_wandb(tmp_path, body, WANDB_RUN_ID="trial-7", WANDB_DIR=str(tmp_path / "nowhere"))[0] == []
+    (there,) = stored(tmp_path, "else/where")
+    (run,) = (record.run for record in there if record.HasField("run"))
+    assert (run.run_id, run.display_name, run.run_group) == ("abc12345", "a trial", "rates")
+    assert (list(run.tags), run.notes) == (["one", "two"], "why")
+    (here,) = stored(tmp_path)
+    (run,) = (record.run for record in here if record.HasField("run"))
+    assert (run.display_name, run.run_group, list(run.tags), run.notes) == ("a run", "", [], "")
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_wandb_writes_to_the_run_where_its_folder_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    body = """
+        sink = make("offline", dir="file/wandb")
+        record(sink, 1)
+        sink.close(0)
+        """
+    (notice,), _ = run_wandb(tmp_path, body)
+    assert "cannot make wandb.dir file/wandb: Not a directory; it writes to run" in notice
+    assert history(tmp_path) == [[1]]
 
 
 def test_wandb_mode_of_the_environment_wins(tmp_path):
