@@ -253,13 +253,24 @@ class Run:
             self.last_words = f"run folder: {self.folder.path}"
             return FAILED
         else:
-            result, already = progress.result, "" if self.unsaved else " already"
-            ema = f" (EMA {result['ema_top1']:.2f} %)" if "ema_top1" in result else ""
-            self.last_words = (
-                f"finished{already}: top-1 {result['top1']:.2f} %{ema}, top-5 {result['top5']:.2f} % on "
-                f"{result['images']:,} images after {progress.step} steps\nrun folder: {self.folder.path}"
-            )
+            self.last_words = "\n".join(self.finished())
         return STOPPED if stopping else FINISHED
+
+    def finished(self) -> tuple[str, str, str]:
+        """What a run that has come to its end says: the last result, the best with its file, and the folder."""
+        progress, result = self.progress, self.progress.result
+        assert progress.best_step is not None
+        already = "" if self.unsaved else " already"
+        ema = f" (EMA {result['ema_top1']:.2f} %)" if "ema_top1" in result else ""
+        top5 = f", top-5 {result['top5']:.2f} %" if settled(self.config.model.num_classes) > 5 else ""
+        link = self.folder.checkpoints / "best.pt"
+        best = link if link.exists() else checkpoint.path_for(self.folder.checkpoints, progress.best_step)
+        return (
+            f"finished{already}: top-1 {result['top1']:.2f} %{ema}{top5} on {result['images']:,} images after "
+            f"{progress.step} steps",
+            f"best: {'EMA ' if ema else ''}top-1 {progress.best_top1:.2f} % at step {progress.best_step}, {best}",
+            f"run folder: {self.folder.path}",
+        )
 
     def summary(self, status: str, images_per_second: float) -> dict[str, object]:
         """What ``summary.json`` says."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import runs
 
 from distrib.log import ConsoleSink, JsonlSink, Log, _api_key, new_run_id
 
@@ -318,6 +319,35 @@ def test_a_run_id_that_is_given_out_is_taken(monkeypatch):
     assert new_run_id() == "trial-7"
     monkeypatch.setenv("WANDB_RUN_ID", "")
     assert re.fullmatch(r"[a-z0-9]{8}", new_run_id())
+
+
+def test_a_run_measures_what_is_known_to_end_and_names_its_best(tmp_path):
+    folder = tmp_path / "run"
+    words = [
+        "data.classes=3-dress,4-coat,6-shirt,8-bag,9-ankle-boot",
+        "train.steps=8",
+        "train.eval_every_epochs=0.0375",
+    ]  # each 3 steps
+    printed = runs.train(1, folder, *words)
+    records = runs.records(folder, "train")
+    assert [(r["step"], "gradient_norm" in r) for r in records] == [(step, True) for step in (3, 5, 6, 8)]
+    assert all(0 <= r["top1"] <= 100 and r["gradient_norm"] > 0 for r in records)
+    evaluated = runs.records(folder, "eval")
+    best = max(evaluated, key=lambda r: r["ema_top1"])  # the first, of several
+    assert [r["best_top1"] for r in evaluated] == [max(r["ema_top1"] for r in evaluated[: k + 1]) for k in range(3)]
+    assert evaluated[-1]["best_step"] == best["step"]
+    assert "top-5" not in printed  # of five classes
+    assert "evaluation" not in printed  # that is the terminal's
+    assert "epoch 0.04/0.1 loss" in printed
+
+    checkpoints = folder / "checkpoints"
+    link, file = checkpoints / "best.pt", checkpoints / f"step_{best['step']:08d}.pt"
+    said = f"best: EMA top-1 {best['ema_top1']:.2f} % at step {best['step']}, "
+    assert file.exists()
+    assert printed.splitlines()[-2:] == [f"{said}{link if link.exists() else file}", f"run folder: {folder}"]
+    if not link.exists():
+        link.symlink_to(file.name)
+    assert f"{said}{link}" in runs.train(1, folder, *words)
 
 
 # W&B keeps state for the whole process, so each of these is a process of its own, as a run is.
