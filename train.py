@@ -112,6 +112,7 @@ class Run:
             stopping = not self.evaluate(agreement)
             if not stopping:
                 self.save()
+        self.log.progress("train", progress.step, self.total_steps)
         meter.resume()
         while progress.step < self.total_steps and not stopping:
             if self.lease is not None:
@@ -122,11 +123,12 @@ class Run:
                 stopping = self.stop_without_data(meter, lr)
                 break
             self.unsaved = True
-            loss = self.step(batches, progress.step, lr)
-            meter.add(loss)
+            result = self.step(batches, progress.step, lr, measure_norm=self.record_due(progress.step + 1))
+            meter.add(*result)
             progress.step += 1
+            self.log.progress("train", progress.step, self.total_steps)
             if trace is not None:
-                trace.step(progress.step, batches, loss)
+                trace.step(progress.step, batches, result.loss)
             if progress.step % config.log.every_steps == 0:
                 self.log_records(meter.close_interval(progress.step, lr))
 
@@ -153,9 +155,16 @@ class Run:
 
     def eval_due(self) -> bool:
         """Whether the weights as they are now are to be evaluated and were not."""
+        return self.evaluated_after(self.progress.step) and self.progress.evaluated < self.progress.step
+
+    def evaluated_after(self, step: int) -> bool:
+        """Whether the weights are to be evaluated after so many steps."""
         every = self.plan.steps_in(self.config.train.eval_every_epochs)
-        due = self.progress.step % every == 0 or self.progress.step == self.total_steps
-        return due and self.progress.evaluated < self.progress.step
+        return step % every == 0 or step == self.total_steps
+
+    def record_due(self, step: int) -> bool:
+        """Whether a training record is to end with this step; a save or a stop may end one earlier."""
+        return step % self.config.log.every_steps == 0 or self.evaluated_after(step)
 
     def save_due(self) -> bool:
         """Whether this step has one of the regular saves."""
@@ -166,7 +175,8 @@ class Run:
     def evaluate(self, agreement: Agreement) -> bool:
         """Evaluates the weights as they are now; False where a request to stop cut it short."""
         progress, plan = self.progress, self.eval_plan
-        result = self.evaluator(self.state.weights(), self.loader.evaluate(plan), plan, self.runtime, agreement, STOP)
+        batches, tell = self.loader.evaluate(plan), partial(self.log.progress, "eval")
+        result = self.evaluator(self.state.weights(), batches, plan, self.runtime, agreement, STOP, tell)
         if result is None:
             return False
         progress.evaluated, progress.result, self.unsaved = progress.step, result, True
@@ -174,7 +184,8 @@ class Run:
         if top1 > progress.best_top1:
             progress.best_step, progress.best_top1 = progress.step, top1
         epoch = progress.step / self.plan.steps_per_epoch
-        self.log_records([{"kind": "eval", "step": progress.step, "epoch": epoch, **result}])
+        best = {"best_step": progress.best_step, "best_top1": progress.best_top1}
+        self.log_records([{"kind": "eval", "step": progress.step, "epoch": epoch, **result, **best}])
         return True
 
     def stop_without_data(self, meter: TrainMeter, lr: float) -> bool:
@@ -246,13 +257,24 @@ class Run:
             self.last_words = f"run folder: {self.folder.path}"
             return FAILED
         else:
-            result, already = progress.result, "" if self.unsaved else " already"
-            ema = f" (EMA {result['ema_top1']:.2f} %)" if "ema_top1" in result else ""
-            self.last_words = (
-                f"finished{already}: top-1 {result['top1']:.2f} %{ema}, top-5 {result['top5']:.2f} % on "
-                f"{result['images']:,} images after {progress.step} steps\nrun folder: {self.folder.path}"
-            )
+            self.last_words = "\n".join(self.finished())
         return STOPPED if stopping else FINISHED
+
+    def finished(self) -> tuple[str, str, str]:
+        """What a run that has come to its end says: the last result, the best with its file, and the folder."""
+        progress, result = self.progress, self.progress.result
+        assert progress.best_step is not None
+        already = "" if self.unsaved else " already"
+        ema = f" (EMA {result['ema_top1']:.2f} %)" if "ema_top1" in result else ""
+        top5 = f", top-5 {result['top5']:.2f} %" if settled(self.config.model.num_classes) > 5 else ""
+        link = self.folder.checkpoints / "best.pt"
+        best = link if link.exists() else checkpoint.path_for(self.folder.checkpoints, progress.best_step)
+        return (
+            f"finished{already}: top-1 {result['top1']:.2f} %{ema}{top5} on {result['images']:,} images after "
+            f"{progress.step} steps",
+            f"best: {'EMA ' if ema else ''}top-1 {progress.best_top1:.2f} % at step {progress.best_step}, {best}",
+            f"run folder: {self.folder.path}",
+        )
 
     def summary(self, status: str, images_per_second: float) -> dict[str, object]:
         """What ``summary.json`` says."""
@@ -301,7 +323,9 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
     check_batch_norm(network, plan.smallest_slice, config.data.size)
 
     folder = RunFolder(config.run.dir)
-    console = ConsoleSink(total_steps) if runtime.is_main else None
+    names = indexes[0].classes if indexes else None
+    classes = settled(config.model.num_classes)
+    console = ConsoleSink(total_steps, plan.steps_per_epoch, classes) if runtime.is_main else None
     log = Log([console] if console else [])
     warn = (lambda text: log.warning(text)) if runtime.is_main else say  # of the log as it is then
     lease = runtime.on_main_only(lambda: Lease(folder.path).acquire(say, STOP.requested))
@@ -313,14 +337,13 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
     progress = find_progress(newest, saved, config, data, total_steps, log)
     begun_with = None  # a run that continues needs its first weights no more
     if saved is None and config.model.weights is not None:
-        classes = indexes[0].classes if indexes else None
-        begun_with = runtime.main_first(lambda: load_weights(network, config.model, classes, say))
+        begun_with = runtime.main_first(lambda: load_weights(network, config.model, names, say))
         runtime.check_same(begun_with, f"begins with other weights than rank 0 (model.weights): {begun_with}")
     loader = runtime.on_each(
         lambda: build_loader(
             config.data,
             indexes,
-            settled(config.model.num_classes),
+            classes,
             device,
             folder.bad_samples,
             warn,
@@ -336,13 +359,14 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
     if asked.fresh:
         runtime.on_main(lambda: folder.move_aside(say))
     checkpointer = runtime.on_main_only(lambda: open_folder(folder, lease, config, progress.step, state_bytes, warn))
+    lr, parameters = peak_lr(config.optim, plan.global_batch), sum(p.numel() for p in network.parameters())
     if console is not None and lease is not None:
-        values = config.model_dump(mode="json")
-        wandb = WandbSink(config.wandb, progress.wandb_id, config.run.name, folder.path, values, warn)
+        values, batch = config.model_dump(mode="json"), plan.global_batch
+        facts = {"learning_rate": lr, "world_size": runtime.world, "global_batch": batch, "parameters": parameters}
+        wandb = WandbSink(config.wandb, progress.wandb_id, config.run.name, folder.path, values, facts, warn)
         log = Log([console, JsonlSink(folder.metrics, warn, lease.held), wandb])
     runtime.barrier()  # the traces are cut; the ranks may open them
 
-    lr = peak_lr(config.optim, plan.global_batch)
     for line in resolved(config, runtime, plan, precision, lr, network, total_steps):
         log.message(line)
     if begun_with is not None:
@@ -386,7 +410,7 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
         schedule=schedule,
         total_steps=total_steps,
         data=data,
-        classes=indexes[0].classes if indexes else None,
+        classes=names,
         progress=progress,
     )
 

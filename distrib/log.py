@@ -15,6 +15,7 @@ import os
 import secrets
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from queue import SimpleQueue
@@ -31,6 +32,9 @@ from distrib.config import WandbConfig
 from distrib.jsonl import JsonlFile
 
 Level = Literal["info", "warning", "error"]
+Kind = Literal["train", "eval"]
+
+REDRAW_SECONDS = 0.1  # a bar that moves more often than the eye sees costs the steps their time
 
 # W&B's own patience is 90 s for a start and endless for an end. The start's must end within the end's: a run that
 # finishes while it still waits for the server then has time to write its records offline.
@@ -38,20 +42,23 @@ INIT_SECONDS = 20.0
 CLOSE_SECONDS = 30.0
 RETRY_SECONDS = 60.0
 
+BEST = "best_"  # begins what an evaluation's record says of the best one so far
+
 # The public server, which W&B calls by the first name since 0.31, and keys in old .netrc files by the second.
 SAME_SERVER = {"api.forge.coreweave.com": "api.wandb.ai"}
 
-# 80 columns hold these for 450360 steps and an ETA of two-digit hours: Slurm's files are read in plain terminals.
+# 80 columns hold the bar's fields for 450360 steps, and 100 a line, with an ETA of two-digit hours.
 TRAIN_FIELDS = (
-    ("epoch", "epoch {:.2f}"),
+    ("epoch", "epoch {:.2f}/{epochs:g}"),
     ("loss", "loss {:.3f}"),
+    ("top1", "top-1 {:.1f}%"),
     ("lr", "lr {:.3g}"),
     ("images_per_second", "{:.0f} img/s"),
     ("data_wait", "wait {:.0%}"),
 )
 BAR_FIELDS = (*TRAIN_FIELDS[:-1], ("data_wait", "data wait {:.0%}"))  # below the bar there is room
 EVAL_FIELDS = (
-    ("epoch", "epoch {:.2f}"),
+    ("epoch", "epoch {:.2f}/{epochs:g}"),
     ("kind", "{}"),
     ("top1", "top-1 {:.2f}%"),
     ("top5", "top-5 {:.2f}%"),
@@ -65,6 +72,9 @@ class Sink(Protocol):
 
     def record(self, record: Mapping[str, Any]) -> None:
         """Takes ``{"kind": "train" | "eval", "step": int, …}``."""
+
+    def progress(self, kind: Kind, done: int, total: int) -> None:
+        """Takes where the run is: steps of training, or rounds of the evaluation that is under way."""
 
     def message(self, text: str, level: Level = "info") -> None:
         """Takes a sentence for a person."""
@@ -86,6 +96,10 @@ class Log:
     def record(self, record: Mapping[str, Any]) -> None:
         """Numbers of one step or one evaluation."""
         self._each(self._sinks, lambda sink: sink.record(record))
+
+    def progress(self, kind: Kind, done: int, total: int) -> None:
+        """Steps of training, or rounds of an evaluation, that are done. Cheap: may be called in each of them."""
+        self._each(self._sinks, lambda sink: sink.progress(kind, done, total))
 
     def message(self, text: str, level: Level = "info") -> None:
         """A sentence for a person. Any thread may call it."""
@@ -119,10 +133,15 @@ class Log:
 
 
 class ConsoleSink:
-    """A progress bar on a terminal, with messages and evaluations above it; one plain line for each elsewhere."""
+    """A progress bar on a terminal, with messages and evaluations above it; one plain line for each elsewhere.
 
-    def __init__(self, total_steps: int, stream: TextIO | None = None) -> None:
-        self._total = total_steps
+    Of fewer than six classes a network names five, right or wrong: their top-5 is not shown.
+    """
+
+    def __init__(self, total_steps: int, steps_per_epoch: int, classes: int, stream: TextIO | None = None) -> None:
+        self._total, self._steps_per_epoch = total_steps, steps_per_epoch
+        self._epochs = round(total_steps / steps_per_epoch, 2)
+        self._eval_fields = tuple(field for field in EVAL_FIELDS if classes > 5 or field[0] != "top5")
         self._stream = sys.stdout if stream is None else stream
         if isinstance(self._stream, io.TextIOWrapper):
             self._stream.reconfigure(errors="replace")  # a locale without "×" must not cost the console
@@ -134,18 +153,39 @@ class ConsoleSink:
             else None
         )
         self._live: Live | None = None
+        self._drawn = -math.inf  # when
+        self._step = 0
+        self._rounds: tuple[int, int] | None = None  # done, and of how many, of the evaluation under way
+        self._numbers: Mapping[str, Any] = {}  # the last training record
+        self._step_seconds = math.nan
 
     def record(self, record: Mapping[str, Any]) -> None:
-        """Moves the bar for a training record; an evaluation stays on the screen."""
+        """A training record becomes the bar's numbers; an evaluation stays on the screen."""
         train = record["kind"] == "train"
-        fields = _fields(record, TRAIN_FIELDS if train else EVAL_FIELDS)
         if self._console is None:
+            fields = self._fields(record, TRAIN_FIELDS if train else self._eval_fields)
             eta = [f"ETA {_duration(record['eta_seconds'])}"] if "eta_seconds" in record else []
             self._line(" ".join([f"{record['step']}/{self._total}", *fields, *eta]))
         elif train:
-            self._show(self._console, record)
+            self._step = max(self._step, record["step"])  # on a GPU a record comes an interval late
+            self._step_seconds = record.get("eta_seconds", math.nan) / max(self._total - record["step"], 1)
+            self._numbers = record
+            self._draw(self._console)
         else:
-            self._console.print(Text("  ".join(fields), style="bold"))
+            self._rounds = None
+            self._draw(self._console)
+            self._console.print(Text("  ".join(self._fields(record, self._eval_fields)), style="bold"))
+
+    def progress(self, kind: Kind, done: int, total: int) -> None:
+        """Moves the bar on a terminal, as often as can be seen; an evaluation has one of its own while it lasts."""
+        if self._console is None:
+            return
+        if kind == "train":
+            self._step, self._rounds = done, None
+        else:
+            self._rounds = done, total
+        if time.monotonic() - self._drawn >= REDRAW_SECONDS:
+            self._draw(self._console)
 
     def message(self, text: str, level: Level = "info") -> None:
         """Prints the message, ``warning:`` or ``error:`` before it."""
@@ -157,18 +197,23 @@ class ConsoleSink:
 
     def close(self, exit_code: int) -> None:
         """Leaves the bar as it stands and gives the terminal back."""
-        live, self._live = self._live, None
+        live, self._live, self._rounds = self._live, None, None
         if live is not None:
+            live.update(self._picture())
             live.stop()
 
     def _line(self, text: str) -> None:
         self._stream.write(text + "\n")
         self._stream.flush()
 
-    def _show(self, console: Console, record: Mapping[str, Any]) -> None:
+    def _fields(self, record: Mapping[str, Any], fields: Sequence[tuple[str, str]]) -> list[str]:
+        shown = ((text, record.get(key)) for key, text in fields)
+        return [text.format(value, epochs=self._epochs) for text, value in shown if value is not None]
+
+    def _draw(self, console: Console) -> None:
         if self._live is None:
-            # Without a refresh thread: what is shown changes with a record and at no other time. What else is printed
-            # goes above the bar, but a stderr that goes to a file keeps going there.
+            # Without a refresh thread: what is shown changes when we are told, and at no other time. What else is
+            # printed goes above the bar, but a stderr that goes to a file keeps going there.
             self._live = Live(
                 console=console,
                 auto_refresh=False,
@@ -177,16 +222,22 @@ class ConsoleSink:
             )
             self._live.start()
             console.show_cursor(True)  # a killed run could not bring it back
-        step = record["step"]
-        bar = Table.grid(padding=(0, 2), expand=True)
-        bar.add_column(ratio=1)
+        self._live.update(self._picture(), refresh=True)
+        self._drawn = time.monotonic()
+
+    def _picture(self) -> Group:
+        """The bars, and the last record's numbers below them; the epoch moves with each step."""
+        numbers = self._fields({**self._numbers, "epoch": self._step / self._steps_per_epoch}, BAR_FIELDS)
+        bars = Table.grid(padding=(0, 2), expand=True)
+        bars.add_column(ratio=1)
         for _ in range(3):
-            bar.add_column(no_wrap=True, justify="right")
-        eta = f"ETA {_duration(record.get('eta_seconds', math.nan))}"
-        share = f"{100 * step // max(self._total, 1)}%"
-        bar.add_row(ProgressBar(self._total, step), f"{step}/{self._total}", share, eta)
-        numbers = Text("  ".join(_fields(record, BAR_FIELDS)), no_wrap=True, overflow="ellipsis")
-        self._live.update(Group(bar, numbers), refresh=True)
+            bars.add_column(no_wrap=True, justify="right")
+        rows = [(self._step, self._total, f"ETA {_duration((self._total - self._step) * self._step_seconds)}")]
+        if self._rounds is not None:
+            rows.append((*self._rounds, "evaluation"))
+        for done, total, what in rows:
+            bars.add_row(ProgressBar(total, done), f"{done}/{total}", f"{100 * done // max(total, 1)}%", what)
+        return Group(bars, Text("  ".join(numbers), no_wrap=True, overflow="ellipsis"))
 
 
 class JsonlSink:
@@ -201,6 +252,9 @@ class JsonlSink:
         """Appends the record; it is with the operating system when this returns, or waits for the next one."""
         self._file.append(record)
 
+    def progress(self, kind: Kind, done: int, total: int) -> None:
+        """Nothing: the file holds records."""
+
     def message(self, text: str, level: Level = "info") -> None:
         """Nothing: the file holds numbers."""
 
@@ -210,8 +264,11 @@ class JsonlSink:
 
 
 def new_run_id() -> str:
-    """An id for W&B: short, and safe in a file name and in a URL."""
-    return secrets.token_hex(4)
+    """An id for W&B: the one that a sweep's agent or a launcher has given out, or one of our own.
+
+    Ours is short, and safe in a file name and in a URL.
+    """
+    return os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
 
 
 class WandbSink:
@@ -220,6 +277,9 @@ class WandbSink:
     Whatever goes wrong is told to ``notify`` and the run goes on; without a key or a server W&B writes offline. The
     same ``run_id`` again continues the W&B run, which keeps the steps it has: those that a resumed run repeats are
     not logged twice. ``WANDB_MODE`` wins over ``cfg.mode``.
+
+    ``facts`` go to the run's summary, the row that W&B's tables compare runs by. There too are each metric's last
+    value and, from an evaluation's ``best_…``, the best one and its step.
     """
 
     def __init__(
@@ -229,6 +289,7 @@ class WandbSink:
         run_name: str,
         run_dir: Path,
         config: dict[str, Any],
+        facts: Mapping[str, float],
         notify: Callable[[str], None],
     ) -> None:
         named = os.environ.get("WANDB_MODE") or cfg.mode
@@ -252,15 +313,18 @@ class WandbSink:
             notify(f"W&B is off: {_brief(error)}")
             return
         self._wandb: Any = wandb
-        # W&B writes to /tmp, without a word, where the directory is missing.
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self._upload = f"wandb sync {run_dir / 'wandb'}/offline-run-*"
+        folder = self._make_folder(cfg.dir, run_dir)
+        self._upload = f"wandb sync {folder / 'wandb'}/offline-run-*"
+        self._summary = dict(facts)
         self._run_args = {
             "project": cfg.project,
             "entity": cfg.entity,
             "id": run_id,
-            "name": run_name,
-            "dir": str(run_dir),
+            "name": cfg.name or run_name,
+            "group": cfg.group,
+            "tags": cfg.tags,
+            "notes": cfg.notes,
+            "dir": str(folder),
             "config": config,
             "resume": "allow",
         }
@@ -273,6 +337,9 @@ class WandbSink:
         """Queues the record."""
         if self._thread is not None and not self._over:
             self._queue.put(dict(record))
+
+    def progress(self, kind: Kind, done: int, total: int) -> None:
+        """Nothing: W&B gets records."""
 
     def message(self, text: str, level: Level = "info") -> None:
         """Nothing: W&B gets numbers."""
@@ -291,6 +358,18 @@ class WandbSink:
             self._kill_service()  # or Python waits for it at exit, without end
             thread.join(2)
             self._notify(f"W&B: given up after {CLOSE_SECONDS:.0f} s; to upload the rest: {self._upload}")
+
+    def _make_folder(self, asked: str | None, run_dir: Path) -> Path:
+        """Where W&B may write: it would write to /tmp, without a word, where the folder is missing."""
+        if asked is not None:
+            folder = Path(os.path.expanduser(asked))
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                return folder
+            except OSError as error:
+                self._notify(f"W&B: cannot make wandb.dir {folder}: {error.strerror}; it writes to {run_dir}")
+        run_dir.mkdir(parents=True, exist_ok=True)
+        return run_dir
 
     def _work(self) -> None:
         try:
@@ -363,7 +442,7 @@ class WandbSink:
         atexit.register(self.close, 1)
         for kind in ("train", "eval"):
             run.define_metric(f"{kind}/*", step_metric="step")
-        run.define_metric("eval/top1", step_metric="step", summary="max")
+        run.summary.update(self._summary)
         return run
 
     def _go_offline(self, reason: str) -> None:
@@ -374,10 +453,11 @@ class WandbSink:
         if isinstance(item, int):
             run.finish(exit_code=item)
             return
-        shared = {key: item[key] for key in ("step", "epoch") if key in item}
-        kind = item["kind"]
-        named = {f"{kind}/{key}": value for key, value in item.items() if key not in ("kind", "step", "epoch")}
-        run.log(shared | named, step=item["step"])
+        history, best = _in_wandbs_names(item)
+        run.log(history, step=item["step"])
+        if best:
+            self._summary |= best  # for a run that is started anew
+            run.summary.update(best)
 
     def _reset(self) -> None:
         self._kill_service()
@@ -395,6 +475,20 @@ class WandbSink:
             self._wandb.teardown()
 
 
+def _in_wandbs_names(record: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What of a record goes to W&B's history, and what to its summary alone."""
+    history: dict[str, Any] = {}
+    summary: dict[str, Any] = {}
+    for key, value in record.items():
+        if key.startswith(BEST):
+            summary[f"best/{key.removeprefix(BEST)}"] = value
+        elif key in ("step", "epoch"):
+            history[key] = value
+        elif key != "kind":
+            history[f"{record['kind']}/{key}"] = value
+    return history, summary
+
+
 def _api_key(session: Any) -> str | None:
     if session.api_key:
         return str(session.api_key)
@@ -407,10 +501,6 @@ def _api_key(session: Any) -> str | None:
         if name and (entry := file.authenticators(name)):
             return entry[2] or None
     return None
-
-
-def _fields(record: Mapping[str, Any], fields: Sequence[tuple[str, str]]) -> list[str]:
-    return [text.format(record[key]) for key, text in fields if record.get(key) is not None]
 
 
 def _duration(seconds: float) -> str:

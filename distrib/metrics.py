@@ -18,7 +18,7 @@ from distrib.runtime import Runtime
 
 
 class TrainMeter:
-    """Collects an interval's loss and times, and reads them one interval later, when a GPU has long been there.
+    """Collects an interval's numbers, and reads them one interval later, when a GPU has long been there.
 
     Time is counted from one ``add`` to the next, or from ``resume``, before which an evaluation may have passed.
     """
@@ -26,7 +26,8 @@ class TrainMeter:
     def __init__(self, runtime: Runtime, plan: TrainPlan, total_steps: int, before: float = 0.0) -> None:
         self._runtime, self._plan, self._total = runtime, plan, total_steps
         self._before = before  # seconds trained by earlier starts of this run
-        self._loss = torch.zeros((), dtype=torch.float64, device=runtime.device)
+        self._loss, self._right = self._zeros()
+        self._gradient_norm: torch.Tensor | None = None
         self._posted: Callable[[], dict[str, Any]] | None = None
         self._steps = self._all_steps = 0
         self._wait = self._busy = self._all_busy = 0.0
@@ -45,9 +46,11 @@ class TrainMeter:
         self._wait += time.perf_counter() - began
         return batches
 
-    def add(self, loss: torch.Tensor) -> None:
-        """Counts one step with this rank's summed loss."""
+    def add(self, loss: torch.Tensor, right: torch.Tensor, gradient_norm: torch.Tensor | None = None) -> None:
+        """Counts one step: this rank's summed loss [], how many images it had right [], the gradient's norm []."""
         self._loss += loss
+        self._right += right
+        self._gradient_norm = gradient_norm
         self._steps += 1
         now = time.perf_counter()
         self._busy += now - self._mark
@@ -60,7 +63,8 @@ class TrainMeter:
     def close_interval(self, step: int, lr: float) -> list[dict[str, Any]]:
         """Ends the interval at ``step``; returns the records that are ready. All ranks must call it.
 
-        On a GPU that is the interval before, which is there without a wait; on a CPU this one too.
+        On a GPU that is the interval before, which is there without a wait; on a CPU this one too. ``gradient_norm``
+        stands in a record whose last step measured it, on all ranks or on none.
         """
         records = self._posted_records()
         images = self._steps * self._plan.global_batch
@@ -74,15 +78,21 @@ class TrainMeter:
             "eta_seconds": (self._total - step) * self._busy / self._steps,
         }
         waited = torch.tensor(self._wait / self._busy, dtype=torch.float64).to(self._runtime.device, non_blocking=True)
-        read = self._runtime.sum_later(torch.stack([self._loss / images, waited / self._runtime.world]))
+        sums = {
+            "loss": self._loss / images,
+            "top1": 100 * self._right / images,
+            "data_wait": waited / self._runtime.world,
+        }
+        if self._gradient_norm is not None:  # equal on all ranks
+            sums["gradient_norm"] = self._gradient_norm.double() / self._runtime.world
+        read = self._runtime.sum_later(torch.stack(list(sums.values())))
 
         def resolve() -> dict[str, Any]:
-            loss, wait = read().tolist()
-            return {**known, "loss": loss, "data_wait": wait}
+            return {**known, **dict(zip(sums, read().tolist(), strict=True))}
 
         self._posted = resolve
         self._all_steps, self._all_busy = self._all_steps + self._steps, self._all_busy + self._busy
-        self._loss = torch.zeros_like(self._loss)
+        self._loss, self._right = self._zeros()
         self._steps, self._wait, self._busy = 0, 0.0, 0.0
         return records if self._runtime.device.type == "cuda" else records + self._posted_records()
 
@@ -90,6 +100,11 @@ class TrainMeter:
         """The records that are still to come, at the end. All ranks must call it."""
         records = self.close_interval(step, lr) if self._steps else []
         return records + self._posted_records()
+
+    def _zeros(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums that begin, float64 [] each: it counts exactly to 2^53."""
+        zeros = torch.zeros(2, dtype=torch.float64, device=self._runtime.device)
+        return zeros[0], zeros[1]
 
     def _posted_records(self) -> list[dict[str, Any]]:
         posted, self._posted = self._posted, None

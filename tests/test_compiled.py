@@ -65,12 +65,14 @@ def train(runtime: Runtime, compiled: bool) -> dict[str, Any]:
     optimizer = build_optimizer(objective.network, OptimConfig(), 0.1)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     step = TrainStep(call, ddp, optimizer, scaler, None, world=plan.world, global_batch=plan.global_batch)
-    losses = torch.stack([step(make_batches(plan, i), i, 0.1) for i in range(STEPS)])
+    results = [step(make_batches(plan, i), i, 0.1, measure_norm=i == STEPS - 1) for i in range(STEPS)]
     return {
         "sizes": plan.slice_sizes,
         "compiled": warm,
         "again": len(compilations) - warm,
-        "losses": losses,
+        "losses": torch.stack([result.loss for result in results]),
+        "right": [int(result.right) for result in results],
+        "norms": [result.gradient_norm for result in results],
         "weights": [p.detach().clone() for p in objective.parameters()],
     }
 
@@ -91,6 +93,11 @@ def test_compiled_ranks_agree_and_follow_the_eager_run(ranks: list[dict[str, Any
         assert_equal(rank["compiled"]["weights"], ranks[0]["compiled"]["weights"])
         assert_close(rank["compiled"]["weights"], rank["eager"]["weights"], 1e-5)
         torch.testing.assert_close(rank["compiled"]["losses"], rank["eager"]["losses"], atol=1e-4, rtol=1e-5)
+        assert rank["compiled"]["right"] == rank["eager"]["right"]
+        assert rank["compiled"]["norms"][:-1] == rank["eager"]["norms"][:-1] == [None] * (STEPS - 1)
+        torch.testing.assert_close(rank["compiled"]["norms"][-1], rank["eager"]["norms"][-1], atol=0, rtol=1e-5)
+        assert rank["compiled"]["norms"] == ranks[0]["compiled"]["norms"]
+    assert 0 < sum(sum(rank["compiled"]["right"]) for rank in ranks) < STEPS * GLOBAL_BATCH
     initial = [p.detach() for p in norm_net().parameters()]
     assert not any(torch.equal(a, b) for a, b in zip(initial, ranks[0]["compiled"]["weights"], strict=True))
 

@@ -72,11 +72,12 @@ def evaluate(
     stops: int | None = None,
     at: int = 3,
     arrives: bool = True,
-) -> tuple[Any, int]:
+) -> tuple[Any, int, list[tuple[int, int]]]:
     """Evaluates; rank ``stops`` is asked to stop at its batch ``at``, which ``arrives`` or not.
 
-    Returns the result and the batches taken.
+    Returns the result, the batches taken, and what was told of the progress.
     """
+    told: list[tuple[int, int]] = []
     objective, weights = make_parts()
     stop = SimpleNamespace(received=None)
 
@@ -89,11 +90,11 @@ def evaluate(
     loader, plan = Loader(unreadable, ask), EvalPlan(IMAGES, BATCH, runtime.rank, runtime.world)
     agreement = Agreement(runtime.control)
     result = Evaluator(objective, ["model", "ema"], compile_=False)(
-        weights, loader.evaluate(plan), plan, runtime, agreement, stop
+        weights, loader.evaluate(plan), plan, runtime, agreement, stop, lambda *rounds: told.append(rounds)
     )
     agreement.close()
     assert loader.passes == 1
-    return result, loader.batches
+    return result, loader.batches, told
 
 
 def on_rank(runtime: Runtime) -> dict[str, Any]:
@@ -161,7 +162,7 @@ def test_the_counts_are_a_plain_loops_at_every_world_size(
 ) -> None:
     plain = expected[which]
     for rank in ranks:
-        result, _ = rank[which]
+        result = rank[which][0]
         keys = ["top1", "top5", "loss", "images", "ema_top1", "ema_top5", "ema_loss", "seconds"]
         assert sorted(result) == sorted(keys)
         assert result["images"] == IMAGES - (len(UNREADABLE) if which == "unreadable" else 0)
@@ -178,6 +179,13 @@ def test_ranks_share_the_batches(ranks: list[dict[str, Any]]) -> None:
     taken = [rank["all"][1] for rank in ranks]
     assert sum(taken) == 16
     assert max(taken) == ROUNDS[len(ranks)]
+
+
+def test_it_tells_each_round(ranks: list[dict[str, Any]]) -> None:
+    rounds = ROUNDS[len(ranks)]
+    for rank in ranks:
+        assert rank["all"][2] == [(done, rounds) for done in range(rounds + 1)]
+        assert rank["stopped"][2] == [(done, rounds) for done in range(4)]  # and never that all is done
 
 
 def test_all_ranks_stop_together_and_soon(ranks: list[dict[str, Any]]) -> None:
@@ -204,7 +212,7 @@ def test_reading_the_weights_leaves_each_ranks_own(ranks: list[dict[str, Any]]) 
 def test_training_is_left_alone(stops: int | None) -> None:
     """Weights, statistics, gradients and mode of the net that trains, also where the evaluation is cut short."""
     objective, weights = make_parts()
-    objective(*pool()).backward()
+    objective(*pool())[0].backward()
     before = copied(objective.network.state_dict())
     gradients = [p.grad.clone() for p in objective.network.parameters()]
     given = copied(weights)
@@ -218,7 +226,7 @@ def test_training_is_left_alone(stops: int | None) -> None:
     assert_equal([p.grad for p in objective.network.parameters()], gradients)
     assert all(module.training for module in objective.modules())
     assert all(p.requires_grad and not p.is_inference() for p in objective.parameters())
-    objective(*pool()).backward()  # and it trains on
+    objective(*pool())[0].backward()  # and it trains on
 
 
 def test_it_evaluates_what_it_is_given_and_not_what_it_was_made_from() -> None:

@@ -86,7 +86,7 @@ class Trainer:
 
     def train(self, steps: int, first: int = 0) -> list[float]:
         """Trains on the one batch; returns each step's mean loss."""
-        losses = [self.step([self.batch], first + k, LR) for k in range(steps)]
+        losses = [self.step([self.batch], first + k, LR).loss for k in range(steps)]
         return [float(loss) / BATCH for loss in losses]
 
 
@@ -262,7 +262,7 @@ def one_of_two(runtime: Runtime, compiled: bool) -> dict[str, Any]:
     mine = slice(runtime.rank, None, runtime.world)
     images = batch.images[mine].contiguous(memory_format=torch.channels_last)
     share = Batch(images, batch.labels[mine] % FEW_CLASSES, batch.ids[mine])
-    losses = [float(step([share], i, LR)) for i in range(3)]
+    losses = [float(step([share], i, LR).loss) for i in range(3)]
     return {"losses": losses, "weights": [p.detach().cpu() for p in network.parameters()]}
 
 
@@ -327,10 +327,11 @@ def test_no_step_waits_for_the_device(precision: str, clip: float | None) -> Non
     trainer.train(2)  # cuDNN's choice, the optimizer's and the scaler's first tensors
     torch.cuda.set_sync_debug_mode("error")
     try:
-        losses = [trainer.step([trainer.batch], 2 + k, LR) for k in range(3)]
+        results = [trainer.step([trainer.batch], 2 + k, LR, measure_norm=k > 0) for k in range(3)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert all(loss.isfinite() for loss in losses)
+    assert all(result.loss.isfinite() for result in results)
+    assert [result.gradient_norm is not None for result in results] == [clip is not None, True, True]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

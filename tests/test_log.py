@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import runs
 
 from distrib.log import ConsoleSink, JsonlSink, Log, _api_key, new_run_id
 
@@ -23,9 +24,11 @@ TRAIN = {
     "step": 123456,
     "epoch": 24.701,
     "loss": 3.4123,
+    "top1": 61.234,
     "lr": 0.38712,
     "images_per_second": 10234.4,
     "data_wait": 0.031,
+    "gradient_norm": 1.25,
     "seconds": 99.5,
     "eta_seconds": 45296.0,
 }
@@ -40,7 +43,10 @@ EVAL = {
     "seconds": 21.3,
     "ema_top1": 76.331,
     "ema_top5": 93.012,
+    "best_step": 120000,
+    "best_top1": 76.5,
 }
+STEPS, STEPS_PER_EPOCH, CLASSES = 450360, 5004, 1000  # 90 epochs
 
 
 class Terminal(io.StringIO):
@@ -50,10 +56,13 @@ class Terminal(io.StringIO):
 
 class Memory:
     def __init__(self):
-        self.records, self.messages, self.closed = [], [], []
+        self.records, self.moves, self.messages, self.closed = [], [], [], []
 
     def record(self, record):
         self.records.append(dict(record))
+
+    def progress(self, kind, done, total):
+        self.moves.append((kind, done, total))
 
     def message(self, text, level="info"):
         self.messages.append((level, text))
@@ -83,6 +92,7 @@ class Scalar:
 def test_empty_log_takes_everything():
     log = Log()
     log.record(TRAIN)
+    log.progress("train", 1, 10)
     log.warning("nobody hears this")
     log.close(0)
 
@@ -94,6 +104,7 @@ def test_raising_sink_is_reported_once_and_tried_again(order):
     log.record(TRAIN)
     log.record(EVAL)
     log.message("on it goes")
+    log.progress("eval", 2, 5)
     broken.mended = True
     log.record(TRAIN)
     broken.mended = False
@@ -102,6 +113,7 @@ def test_raising_sink_is_reported_once_and_tried_again(order):
     log.close(4)
     assert good.records == [TRAIN, EVAL, TRAIN, EVAL]
     assert broken.records == [TRAIN]
+    assert good.moves == broken.moves == [("eval", 2, 5)]
     assert [level for level, _ in good.messages] == ["warning", "info", "warning"]  # one for each time it fails
     assert "Broken" in good.messages[0][1]
     assert "no space left" in good.messages[0][1]
@@ -138,9 +150,11 @@ def test_console_in_a_file_is_one_plain_line_each(tmp_path, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     path = tmp_path / "out.txt"
     with path.open("w", encoding="ascii") as file:
-        log = Log([ConsoleSink(450360, file)])
+        log = Log([ConsoleSink(STEPS, STEPS_PER_EPOCH, CLASSES, file)])
+        log.progress("train", 123456, STEPS)
         log.record(TRAIN)
         assert path.read_text().endswith("\n")  # flushed
+        log.progress("eval", 3, 7)
         log.record(EVAL)
         log.record({"kind": "train", "step": 5, "loss": math.nan, "eta_seconds": math.nan})
         log.message("8 ranks × 128 images [bf16]")
@@ -148,13 +162,28 @@ def test_console_in_a_file_is_one_plain_line_each(tmp_path, monkeypatch):
         log.close(0)
     lines = path.read_text().splitlines()
     assert lines == [
-        "123456/450360 epoch 24.70 loss 3.412 lr 0.387 10234 img/s wait 3% ETA 12:34:56",
-        "123456/450360 epoch 25.00 eval top-1 76.13% top-5 92.86% loss 0.961 EMA 76.33%",
+        "123456/450360 epoch 24.70/90 loss 3.412 top-1 61.2% lr 0.387 10234 img/s wait 3% ETA 12:34:56",
+        "123456/450360 epoch 25.00/90 eval top-1 76.13% top-5 92.86% loss 0.961 EMA 76.33%",
         "5/450360 loss nan ETA -:--:--",
         "8 ranks ? 128 images [bf16]",
         "warning: slow disk",
     ]
-    assert max(map(len, lines)) < 80
+    assert max(map(len, lines)) < 100
+
+
+@pytest.mark.parametrize(("steps", "words"), [(1000, "/8"), (12, "/0.1"), (38, "/0.3"), (1, "/0.01")])
+def test_the_epoch_is_of_all_epochs(steps, words):
+    stream = io.StringIO()
+    ConsoleSink(steps, 125, 10, stream).record({"kind": "train", "step": 1, "epoch": 1 / 125})
+    assert stream.getvalue() == f"1/{steps} epoch 0.01{words}\n"
+
+
+@pytest.mark.parametrize(("classes", "shown"), [(1, False), (5, False), (6, True)])
+def test_top5_of_few_classes_is_not_shown(classes, shown):
+    for stream in (io.StringIO(), Terminal()):
+        ConsoleSink(10, 10, classes, stream).record(EVAL)
+        assert "top-1" in stream.getvalue()
+        assert ("top-5" in stream.getvalue()) == shown
 
 
 @pytest.mark.parametrize("columns", [80, 120])
@@ -162,7 +191,7 @@ def test_console_on_a_terminal(columns, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setenv("TERM", "xterm")
     terminal = Terminal()
-    log = Log([ConsoleSink(450360, terminal)])
+    log = Log([ConsoleSink(STEPS, STEPS_PER_EPOCH, CLASSES, terminal)])
     log.message("run directory [runs/x]")
     log.record({**TRAIN, "step": 1, "loss": 9.87})
     log.record(EVAL)
@@ -172,34 +201,153 @@ def test_console_on_a_terminal(columns, monkeypatch):
     shown = terminal.getvalue()
     assert "\x1b[" in shown
     assert shown.count("\x1b[?25l") <= shown.count("\x1b[?25h")  # the cursor is there again
-    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown).replace("\r", "\n")
-    lines = [line.rstrip() for line in plain.split("\n")]
+    lines = plain_lines(shown)
     assert max(map(len, lines)) <= columns
     last = [line for line in lines if line][-2:]
     assert last[0].endswith("123456/450360  27%  ETA 12:34:56")
-    assert last[1] == "epoch 24.70  loss 3.412  lr 0.387  10234 img/s  data wait 3%"
+    assert last[1] == "epoch 24.67/90  loss 3.412  top-1 61.2%  lr 0.387  10234 img/s  data wait 3%"
     for once in (
         "run directory [runs/x]",
-        "epoch 25.00  eval  top-1 76.13%  top-5 92.86%  loss 0.961  EMA 76.33%",
+        "epoch 25.00/90  eval  top-1 76.13%  top-5 92.86%  loss 0.961  EMA 76.33%",
         "warning: slow disk",
     ):
         assert lines.count(once) == 1
 
 
+def plain_lines(shown):
+    """What a terminal was given, line by line, without its codes."""
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown).replace("\r", "\n")
+    return [line.rstrip() for line in plain.split("\n")]
+
+
+class Bar:
+    """A console on a terminal, and what it writes from one call to the next. ``now``: the clock, in seconds."""
+
+    def __init__(self, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "80")
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setattr("distrib.log.time", SimpleNamespace(monotonic=lambda: self.now))
+        self.now, self.terminal, self.seen = 100.0, Terminal(), 0
+        self.sink = ConsoleSink(40, 10, 10, self.terminal)
+
+    def written(self):
+        """The lines since the last call that hold something."""
+        text = self.terminal.getvalue()[self.seen :]
+        self.seen += len(text)
+        return [line.strip("━╸╺ ") for line in plain_lines(text) if line]
+
+
+@pytest.fixture
+def bar(monkeypatch):
+    return Bar(monkeypatch)
+
+
+def test_the_bar_moves_from_the_first_step_on(bar):
+    bar.sink.progress("train", 0, 40)
+    assert bar.written() == ["0/40  0%  ETA -:--:--", "epoch 0.00/4"]
+    bar.now += 1
+    bar.sink.progress("train", 1, 40)
+    assert bar.written() == ["1/40  2%  ETA -:--:--", "epoch 0.10/4"]
+    bar.sink.record({"kind": "train", "step": 1, "epoch": 0.1, "loss": 2.5, "top1": 12.5, "eta_seconds": 390.0})
+    assert bar.written() == ["1/40  2%  ETA 0:06:30", "epoch 0.10/4  loss 2.500  top-1 12.5%"]
+    bar.now += 1
+    bar.sink.progress("train", 20, 40)
+    assert bar.written() == ["20/40  50%  ETA 0:03:20", "epoch 2.00/4  loss 2.500  top-1 12.5%"]
+
+
+def test_a_late_record_does_not_move_the_bar_back(bar):
+    bar.sink.progress("train", 20, 40)
+    bar.written()
+    bar.sink.record({"kind": "train", "step": 10, "epoch": 1.0, "loss": 2.5, "eta_seconds": 300.0})
+    assert bar.written() == ["20/40  50%  ETA 0:03:20", "epoch 2.00/4  loss 2.500"]
+
+
+def test_quick_steps_are_not_all_drawn(bar):
+    drawn = 0
+    for step in range(1, 40):
+        bar.now += 0.025
+        bar.sink.progress("train", step, 40)
+        drawn += bool(bar.written())
+    assert 8 <= drawn <= 11  # in a second
+    bar.sink.progress("train", 40, 40)
+    assert bar.written() == []
+    bar.sink.close(0)
+    assert bar.written()[-2:] == ["40/40  100%  ETA -:--:--", "epoch 4.00/4"]  # the end is
+
+
+@pytest.mark.parametrize("end", ["record", "stopped", "closed"])
+def test_an_evaluation_has_a_bar_while_it_lasts(bar, end):
+    bar.sink.progress("train", 10, 40)
+    bar.written()
+    for done in (0, 3):
+        bar.now += 1
+        bar.sink.progress("eval", done, 5)
+        train, evaluation, numbers = bar.written()
+        assert re.sub(" +", " ", train) == "10/40 25% ETA -:--:--"
+        assert re.sub(" +", " ", evaluation) == f"{done}/5 {20 * done}% evaluation"
+        assert numbers == "epoch 1.00/4"
+    bar.now += 1
+    if end == "record":
+        bar.sink.record(EVAL)
+    elif end == "stopped":
+        bar.sink.progress("train", 11, 40)
+    else:
+        bar.sink.close(0)
+    assert not any("evaluation" in line for line in bar.written())
+
+
 def test_dumb_terminal_gets_plain_lines(monkeypatch):
     monkeypatch.setenv("TERM", "dumb")
     terminal = Terminal()
-    log = Log([ConsoleSink(10, terminal)])
+    log = Log([ConsoleSink(10, 10, 10, terminal)])
+    log.progress("train", 1, 10)
     log.record({**TRAIN, "step": 1})
     log.close(0)
     assert terminal.getvalue().startswith("1/10 epoch")
     assert "\x1b" not in terminal.getvalue()
 
 
-def test_run_ids_differ_and_are_safe():
+def test_run_ids_differ_and_are_safe(monkeypatch):
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
     ids = {new_run_id() for _ in range(100)}
     assert len(ids) == 100
     assert all(re.fullmatch(r"[a-z0-9]{8}", run_id) for run_id in ids)
+
+
+def test_a_run_id_that_is_given_out_is_taken(monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "trial-7")
+    assert new_run_id() == "trial-7"
+    monkeypatch.setenv("WANDB_RUN_ID", "")
+    assert re.fullmatch(r"[a-z0-9]{8}", new_run_id())
+
+
+def test_a_run_measures_what_is_known_to_end_and_names_its_best(tmp_path):
+    folder = tmp_path / "run"
+    words = [
+        "data.classes=3-dress,4-coat,6-shirt,8-bag,9-ankle-boot",
+        "train.steps=8",
+        "train.eval_every_epochs=0.0375",
+    ]  # each 3 steps
+    printed = runs.train(1, folder, *words)
+    records = runs.records(folder, "train")
+    assert [(r["step"], "gradient_norm" in r) for r in records] == [(step, True) for step in (3, 5, 6, 8)]
+    assert all(0 <= r["top1"] <= 100 and r["gradient_norm"] > 0 for r in records)
+    evaluated = runs.records(folder, "eval")
+    best = max(evaluated, key=lambda r: r["ema_top1"])  # the first, of several
+    assert [r["best_top1"] for r in evaluated] == [max(r["ema_top1"] for r in evaluated[: k + 1]) for k in range(3)]
+    assert evaluated[-1]["best_step"] == best["step"]
+    assert "top-5" not in printed  # of five classes
+    assert "evaluation" not in printed  # that is the terminal's
+    assert "epoch 0.04/0.1 loss" in printed
+
+    checkpoints = folder / "checkpoints"
+    link, file = checkpoints / "best.pt", checkpoints / f"step_{best['step']:08d}.pt"
+    said = f"best: EMA top-1 {best['ema_top1']:.2f} % at step {best['step']}, "
+    assert file.exists()
+    assert printed.splitlines()[-2:] == [f"{said}{link if link.exists() else file}", f"run folder: {folder}"]
+    if not link.exists():
+        link.symlink_to(file.name)
+    assert f"{said}{link}" in runs.train(1, folder, *words)
 
 
 # W&B keeps state for the whole process, so each of these is a process of its own, as a run is.
@@ -210,9 +358,12 @@ from pathlib import Path
 import distrib.log as log
 from distrib.config import WandbConfig
 
-def make(mode="online"):
+FACTS = {"learning_rate": 0.4, "world_size": 8, "global_batch": 1024, "parameters": 25557032}
+
+def make(mode="online", **settings):
     notify = lambda text: print("NOTICE", text, flush=True)
-    return log.WandbSink(WandbConfig(mode=mode), "abc12345", "a run", Path("run"), {"optim": {"lr": 0.1}}, notify)
+    cfg, config = WandbConfig(mode=mode, **settings), {"optim": {"lr": 0.1}}
+    return log.WandbSink(cfg, "abc12345", "a run", Path("run"), config, FACTS, notify)
 
 def record(sink, step):
     sink.record({"kind": "train", "step": step, "epoch": step / 10, "loss": float("nan")})
@@ -259,19 +410,36 @@ def messages(data):
             whole = b""
 
 
-def history(tmp_path):
-    """The steps that lie in W&B's files, folder by folder."""
+def stored(tmp_path, folder="run"):
+    """The records in W&B's files, one list a file."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     return [
+        [Record.FromString(message) for message in messages(path.read_bytes())]
+        for path in sorted((tmp_path / folder / "wandb").glob("*run-*-abc12345/run-abc12345.wandb"))
+    ]
+
+
+def history(tmp_path):
+    """The steps that lie in W&B's files, folder by folder."""
+    return [
         [
             int(item.value_json)
-            for message in messages(path.read_bytes())
-            for item in Record.FromString(message).history.item
+            for record in records
+            for item in record.history.item
             if (item.key or item.nested_key[0]) == "step"
         ]
-        for path in sorted((tmp_path / "run" / "wandb").glob("*run-*-abc12345/run-abc12345.wandb"))
+        for records in stored(tmp_path)
     ]
+
+
+def summary(records):
+    """A run's summary as it is in the end: what one file's records have set."""
+    values = {}
+    for record in records:
+        for item in record.summary.update:
+            values[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
+    return values
 
 
 @pytest.fixture
@@ -339,6 +507,72 @@ def test_wandb_offline_and_again_with_the_same_id(tmp_path):
     assert run_wandb(tmp_path, body)[0] == []
     assert run_wandb(tmp_path, body)[0] == []
     assert history(tmp_path) == [[1, 2, 3], [1, 2, 3]]
+
+
+def test_wandb_summary_has_what_runs_are_compared_by(tmp_path):
+    body = """
+        sink = make("offline")
+        best = {"best_step": 1, "best_top1": 70.0}
+        sink.record({"kind": "train", "step": 1, "epoch": 0.1, "top1": 60.0, "gradient_norm": 2.5})
+        sink.record({"kind": "eval", "step": 1, "epoch": 0.1, "top1": 70.0, **best})
+        sink.record({"kind": "train", "step": 2, "epoch": 0.2, "top1": 61.0, "gradient_norm": 1.5})
+        sink.record({"kind": "eval", "step": 2, "epoch": 0.2, "top1": 68.0, **best})
+        sink.record({"kind": "train", "step": 3, "epoch": 0.3, "top1": 62.0})
+        sink.close(0)
+        """
+    assert run_wandb(tmp_path, body)[0] == []
+    (records,) = stored(tmp_path)
+    found = summary(records)
+    assert {key: value for key, value in found.items() if not key.startswith("_")} == {
+        "learning_rate": 0.4,
+        "world_size": 8,
+        "global_batch": 1024,
+        "parameters": 25557032,
+        "step": 3,
+        "epoch": 0.3,
+        "train/top1": 62.0,
+        "train/gradient_norm": 1.5,
+        "eval/top1": 68.0,
+        "best/step": 1,
+        "best/top1": 70.0,
+    }
+    names = {item.key or "/".join(item.nested_key) for record in records for item in record.history.item}
+    assert {"step", "epoch", "train/top1", "train/gradient_norm", "eval/top1"} <= names
+    assert not any("best" in name for name in names)
+
+
+def test_wandb_gets_the_names_that_are_asked_for(tmp_path):
+    body = """
+        named = {"name": "a trial", "group": "rates", "tags": ("one", "two"), "notes": "why", "dir": "~/else/where"}
+        sink = make("offline", **named)
+        record(sink, 1)
+        sink.close(0)
+        sink = make("offline")
+        record(sink, 1)
+        sink.close(0)
+        """
+    # A launcher's id is for a new run; the sink is told the one that this run has.
+    assert run_wandb(tmp_path, body, WANDB_RUN_ID="trial-7", WANDB_DIR=str(tmp_path / "nowhere"))[0] == []
+    (there,) = stored(tmp_path, "else/where")
+    (run,) = (record.run for record in there if record.HasField("run"))
+    assert (run.run_id, run.display_name, run.run_group) == ("abc12345", "a trial", "rates")
+    assert (list(run.tags), run.notes) == (["one", "two"], "why")
+    (here,) = stored(tmp_path)
+    (run,) = (record.run for record in here if record.HasField("run"))
+    assert (run.display_name, run.run_group, list(run.tags), run.notes) == ("a run", "", [], "")
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_wandb_writes_to_the_run_where_its_folder_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    body = """
+        sink = make("offline", dir="file/wandb")
+        record(sink, 1)
+        sink.close(0)
+        """
+    (notice,), _ = run_wandb(tmp_path, body)
+    assert "cannot make wandb.dir file/wandb: Not a directory; it writes to run" in notice
+    assert history(tmp_path) == [[1]]
 
 
 def test_wandb_mode_of_the_environment_wins(tmp_path):

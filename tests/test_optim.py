@@ -69,7 +69,7 @@ def train_ours(optim: OptimConfig, schedule: ScheduleConfig, ema: EmaConfig, cli
         clip_grad_norm=clip,
     )
     lr_at = build_schedule(schedule, lr, steps_per_epoch=4, total_steps=STEPS)
-    losses = [step([batch], i, lr_at(i)) for i, batch in enumerate(batches())]
+    losses = [step([batch], i, lr_at(i)).loss for i, batch in enumerate(batches())]
     return net.state_dict(), average.state_dict(), torch.stack(losses)
 
 
@@ -385,7 +385,8 @@ def test_a_first_step_that_overflows_leaves_no_momentum(restored: str | None) ->
     second(batches()[1:2], 1, 0.1)
     other = tiny_net()
     plain = Objective(other, MEAN, STD, torch.float32)
-    (plain(batches()[1].images, batches()[1].labels) / BATCH).backward()
+    loss, _ = plain(batches()[1].images, batches()[1].labels)
+    (loss / BATCH).backward()
     torch.optim.SGD(parameter_groups(other, 0.05), lr=0.1, momentum=0.9, nesterov=True).step()
     for a, b in zip(net.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b)

@@ -100,7 +100,7 @@ def test_on_a_cpu_deterministic_changes_no_bit() -> None:
         objective = Objective(norm_net(), MEAN, STD, torch.float32)
         plan = TrainPlan(40, 12, 0, accumulation=2)
         step = make_step(objective, None, build_optimizer(objective.network, OptimConfig(), 0.1), plan)
-        losses = [step(make_batches(plan, i), i, 0.1) for i in range(3)]
+        losses = [step(make_batches(plan, i), i, 0.1).loss for i in range(3)]
         runs.append([*losses, *(value.clone() for value in objective.state_dict().values())])
         assert settings() == {**kept, "deterministic": deterministic, "fill": False}
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

@@ -22,6 +22,7 @@ from distrib.data import Batch, TrainPlan
 from distrib.engine.prepare import Objective, effective_precision, warm_up, wrap
 from distrib.engine.state import TrainState
 from distrib.engine.step import TrainStep
+from distrib.metrics import TrainMeter
 from distrib.models.resnet import Architecture, BasicBlock, ResNet
 from distrib.optim import Ema, build_optimizer
 from distrib.runtime import Runtime
@@ -118,18 +119,24 @@ def gradients(
     objective = Objective(plain_net(), MEAN, STD, dtype, smoothing)
     call, ddp = wrap(objective, TrainConfig(compile=False), runtime)
     optimizer = Recorder(objective.parameters(), lr=0.1)
-    loss = make_step(call, ddp, optimizer, plan, **settings)(make_batches(plan, 1), 1, 0.1)
+    result = make_step(call, ddp, optimizer, plan, **settings)(make_batches(plan, 1), 1, 0.1)
     assert all(p.grad is None for p in objective.parameters())
-    return optimizer.gradients, float(loss)
+    return optimizer.gradients, float(result.loss)
+
+
+def plain_forward(global_batch: int) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """The plain net, the logits it has for that global batch, and the labels."""
+    (batch,) = make_batches(TrainPlan(IMAGES, global_batch, 0), 1)
+    net = plain_net()
+    x = (batch.images.float() - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
+    return net, net(x), batch.labels
 
 
 def written_out(global_batch: int, smoothing: float = 0.0) -> tuple[list[torch.Tensor], float]:
     """Mean gradient and summed loss of the same global batch, in plain torch."""
-    (batch,) = make_batches(TrainPlan(IMAGES, global_batch, 0), 1)
-    net = plain_net()
-    x = (batch.images.float() - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
-    log_p = functional.log_softmax(net(x), dim=1)
-    right = log_p[torch.arange(global_batch), batch.labels]
+    net, logits, labels = plain_forward(global_batch)
+    log_p = functional.log_softmax(logits, dim=1)
+    right = log_p[torch.arange(global_batch), labels]
     losses = -(1 - smoothing) * right - smoothing * log_p.mean(dim=1)
     return list(torch.autograd.grad(losses.mean(), list(net.parameters()))), float(losses.detach().sum())
 
@@ -191,6 +198,87 @@ def test_the_average_follows_every_nth_step() -> None:
     assert [torch.equal(a, b) for a, b in pairwise(seen)] == [True, False, True, False]
 
 
+# What a step tells
+
+
+NUMBERS_CUTS = [(1, 31), (2, 31), (3, 31)]  # (slices, global batch)
+
+
+def numbers(runtime: Runtime, accumulation: int, global_batch: int, **settings: Any) -> tuple[int, float | None]:
+    """One step of the plain net: how many of the rank's images it had right, and the gradient's norm."""
+    plan = TrainPlan(IMAGES, global_batch, 0, runtime.rank, runtime.world, accumulation)
+    objective = Objective(plain_net(), MEAN, STD, torch.float32)
+    call, ddp = wrap(objective, TrainConfig(compile=False), runtime)
+    measure = settings.pop("measure_norm", True)
+    step = make_step(call, ddp, torch.optim.SGD(objective.parameters(), lr=0.1), plan, **settings)
+    result = step(make_batches(plan, 1), 1, 0.1, measure_norm=measure)
+    return int(result.right), None if result.gradient_norm is None else float(result.gradient_norm)
+
+
+def train_records(runtime: Runtime, measured: tuple[bool, bool]) -> list[dict[str, Any]]:
+    """What the meter makes of two such steps, whose learning rate is 0."""
+    plan = TrainPlan(IMAGES, 31, 0, runtime.rank, runtime.world)
+    objective = Objective(plain_net(), MEAN, STD, torch.float32)
+    call, ddp = wrap(objective, TrainConfig(compile=False), runtime)
+    step, meter = make_step(call, ddp, torch.optim.SGD(objective.parameters()), plan), TrainMeter(runtime, plan, 8)
+    for measure_norm in measured:
+        meter.add(*step(make_batches(plan, 1), 1, 0.0, measure_norm=measure_norm))
+    return meter.flush(2, 0.0)
+
+
+def expected_numbers(global_batch: int) -> tuple[int, float]:
+    net, logits, labels = plain_forward(global_batch)
+    right = sum(row.index(max(row)) == label for row, label in zip(logits.tolist(), labels.tolist(), strict=True))
+    assert 0 < right < global_batch
+    functional.cross_entropy(logits, labels).backward()
+    return right, float(torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]).norm())
+
+
+@pytest.mark.parametrize(("accumulation", "global_batch"), NUMBERS_CUTS)
+def test_a_step_counts_what_is_right_and_measures_the_gradient(accumulation: int, global_batch: int) -> None:
+    right, norm = expected_numbers(global_batch)
+    for clip in (None, norm / 2, norm * 2):  # measured before it is clipped
+        found = numbers(ALONE, accumulation, global_batch, clip_grad_norm=clip)
+        assert found == (right, pytest.approx(norm, rel=1e-5))
+
+
+def test_the_gradient_is_measured_where_asked_for_or_clipped() -> None:
+    assert numbers(ALONE, 1, 31, measure_norm=False)[1] is None
+    assert numbers(ALONE, 1, 31, measure_norm=False, clip_grad_norm=1.0) == numbers(ALONE, 1, 31)
+
+
+def test_a_record_has_the_norm_of_its_last_step_or_none() -> None:
+    right, norm = expected_numbers(31)
+    (record,) = train_records(ALONE, (False, True))
+    assert record["loss"] == pytest.approx(written_out(31)[1] / 31, rel=1e-6)
+    assert record["top1"] == pytest.approx(100 * right / 31)
+    assert record["gradient_norm"] == pytest.approx(norm, rel=1e-5)
+    (record,) = train_records(ALONE, (True, False))
+    assert "gradient_norm" not in record
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_measuring_changes_no_bit(clip: float | None) -> None:
+    runs = []
+    for measure in (False, True):
+        net = norm_net()
+        optimizer = build_optimizer(net, OptimConfig(), 0.1)
+        # On fp32 the scaler works everywhere; its powers of two cost no bit.
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        plan = TrainPlan(IMAGES, 11, 0, accumulation=2)
+        objective = Objective(net, MEAN, STD, torch.float32)
+        step = make_step(objective, None, optimizer, plan, scaler=scaler, clip_grad_norm=clip)
+        losses = [step(make_batches(plan, i), i, 0.1, measure_norm=measure).loss for i in range(3)]
+        runs.append([*losses, *net.state_dict().values()])
+    assert_equal(*runs)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**12])
+def test_the_norm_is_of_the_unscaled_gradient(scale: float) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    assert numbers(ALONE, 2, 31, scaler=scaler)[1] == pytest.approx(expected_numbers(31)[1], rel=1e-5)
+
+
 # Precision
 
 
@@ -201,7 +289,8 @@ def test_bf16_computes_in_bf16_and_keeps_fp32() -> None:
     objective = Objective(net, MEAN, STD, torch.bfloat16)
     images, labels = pool()
     assert objective.logits(images).dtype == torch.float32
-    assert objective(images, labels).dtype == torch.float32
+    loss, right = objective(images, labels)
+    assert (loss.dtype, right.dtype) == (torch.float32, torch.int64)
     assert kinds == [torch.bfloat16] * 2
     assert {p.dtype for p in net.parameters()} == {torch.float32}
 
@@ -249,7 +338,7 @@ def test_fp16_skips_a_step_that_overflows(clip: float | None) -> None:
     step(make_batches(plan, 0), 0, 0.1)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), before, strict=True))
     assert scaler.get_scale() == 2.0**39
-    losses = [float(step(make_batches(plan, 0), i, 0.1)) for i in range(1, 40)]
+    losses = [float(step(make_batches(plan, 0), i, 0.1).loss) for i in range(1, 40)]
     assert not torch.equal(net[0].weight, before[0])
     assert all(p.isfinite().all() for p in net.parameters())
     assert losses[-1] < losses[0]
@@ -275,7 +364,7 @@ def test_a_step_does_not_wait_for_the_device(dtype: torch.dtype, clip: float | N
     torch.cuda.set_sync_debug_mode("error")
     try:
         for i in range(3, 6):
-            step(batches[i], i, 0.1)
+            step(batches[i], i, 0.1, measure_norm=i > 3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -329,6 +418,8 @@ def own(run: Small) -> dict[str, Any]:
 def on_rank(runtime: Runtime) -> dict[str, Any]:
     """All that the tests below look at, in one start of the ranks."""
     found: dict[str, Any] = {"gradients": {cut: gradients(runtime, *cut) for cut in CUTS}}
+    found["numbers"] = [numbers(runtime, *cut) for cut in NUMBERS_CUTS]
+    found["records"] = train_records(runtime, (False, True))
     run = small_run(runtime)
     run.train(0, 3)
     found["own"], found["weights"] = own(run), copied(run.state.weights())
@@ -378,6 +469,24 @@ def test_uneven_shares_give_the_global_mean(ranks: list[dict[str, Any]], cut: tu
         assert_close(rank["gradients"][cut][0], expected)
         assert_equal(rank["gradients"][cut][0], ranks[0]["gradients"][cut][0])
     assert sum(rank["gradients"][cut][1] for rank in ranks) == pytest.approx(expected_loss, rel=1e-6)
+
+
+def test_ranks_count_their_own_and_measure_the_whole_gradient(ranks: list[dict[str, Any]]) -> None:
+    for k, (_, global_batch) in enumerate(NUMBERS_CUTS):
+        right, norm = expected_numbers(global_batch)
+        counts, norms = zip(*(rank["numbers"][k] for rank in ranks), strict=True)
+        assert sum(counts) == right
+        assert set(norms) == {norms[0]}
+        assert norms[0] == pytest.approx(norm, rel=1e-5)
+
+
+def test_a_record_is_of_all_ranks(ranks: list[dict[str, Any]]) -> None:
+    right, norm = expected_numbers(31)
+    for rank in ranks:
+        (record,) = rank["records"]
+        assert record["loss"] == pytest.approx(written_out(31)[1] / 31, rel=1e-6)
+        assert record["top1"] == pytest.approx(100 * right / 31)
+        assert record["gradient_norm"] == pytest.approx(norm, rel=1e-5)
 
 
 @pytest.mark.parametrize("when", ["own", "end"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -41,18 +41,21 @@ class Evaluator:
         runtime: Runtime,
         agreement: Agreement,
         stop: StopSignals,
+        progress: Callable[[int, int], None] = lambda done, rounds: None,
     ) -> dict[str, float] | None:
         """Returns top1 and top5 in percent, loss and images, and the same for the EMA as ema_…; None if stopped.
 
-        All ranks count the busiest rank's rounds, to agree after each on whether somebody asked to stop. A short
-        batch is filled up: one shape for the compiler, and the arithmetic of a sample never depends on the world size.
+        All ranks count the busiest rank's rounds, to agree after each on whether somebody asked to stop; ``progress``
+        hears how many of them are done. A short batch is filled up: one shape for the compiler, and the arithmetic of a
+        sample never depends on the world size.
         """
         began = time.monotonic()
         for name, net in self._copies.items():
             net.network.load_state_dict(weights[name])
         # Counts are exact in float64 up to 2^53; one tensor, so one reduction. The last counts missed batches.
         sums = {name: torch.zeros(5, dtype=torch.float64, device=runtime.device) for name in self._copies}
-        for _ in range(plan.rounds):
+        for done in range(plan.rounds):
+            progress(done, plan.rounds)
             try:
                 batch = next(batches, None)
             except Interrupted:  # in a wait for images
@@ -65,6 +68,7 @@ class Evaluator:
                     sums[name][:-1] += _count(call(images), labels)
             if agreement.exchange(stop=stop.received is not None)[0]:
                 return None
+        progress(plan.rounds, plan.rounds)
         result: dict[str, float] = {}
         for name, total in sums.items():
             images_seen, top1, top5, loss, missed = runtime.sum(total).tolist()

@@ -46,9 +46,11 @@ class Objective(nn.Module):
         with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return self.network((images.float() - self.mean) / self.std).float()
 
-    def forward(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Returns the cross entropy summed over the images, fp32 []."""
-        return F.cross_entropy(self.logits(images), labels, reduction="sum", label_smoothing=self.label_smoothing)
+    def forward(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the cross entropy summed over the images, fp32 [], and how many are classified right, int64 []."""
+        logits = self.logits(images)
+        loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.label_smoothing)
+        return loss, (logits.detach().argmax(dim=1) == labels).sum()
 
 
 def effective_precision(precision: str, device: torch.device) -> str:
@@ -163,7 +165,8 @@ def warm_up(call: Any, ddp: Any, objective: Objective, slices: Sequence[int], si
         blank = torch.zeros((images, 3, size, size), dtype=torch.uint8, device=device)
         labels = torch.zeros(images, dtype=torch.int64, device=device)
         with ddp.no_sync() if ddp is not None and images != slices[0] else nullcontext():
-            call(blank.to(memory_format=torch.channels_last), labels).backward()
+            loss, _ = call(blank.to(memory_format=torch.channels_last), labels)
+            loss.backward()
     with torch.no_grad():
         for name, buffer in objective.named_buffers():
             buffer.copy_(kept[name])
