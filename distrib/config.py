@@ -80,7 +80,7 @@ class RunConfig(Part):
     name: Annotated[str, Field(pattern=r"^[\w.+-]+$"), Words("a name of letters, digits, '_', '.', '+' and '-'")] = (
         "auto"
     )
-    """The run's name; auto: from the network and the data's folder."""
+    """The run's name; auto: from the network, the data's folder, and whether it begins with weights."""
     dir: Text = "runs/${run.name}"
     """The run's folder. The same folder again continues the run."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0

@@ -31,7 +31,7 @@ def follow_names(config: Config) -> Config:
     values["data.eval_size"] = size
     values["data.eval_resize"] = round(size * 8 / 7) if data.eval_resize == "auto" else data.eval_resize
     if config.run.name == "auto":
-        values["run.name"] = f"{_safe(config.model.name)}-{_data_name(config)}"
+        values["run.name"] = f"{_safe(config.model.name)}-{_data_name(config)}{_begun_from(config)}"
     return _with(config, values)
 
 
@@ -107,6 +107,13 @@ def _data_name(config: Config) -> str:
         return "imagenet"
     root = os.path.expandvars(config.data.root).rpartition("sample:")[2]
     return _safe(Path(root).expanduser().absolute().name)
+
+
+def _begun_from(config: Config) -> str:
+    """So that what begins with weights is another run than what does not."""
+    if config.optim.freeze is not None:
+        return f"-frozen-{_safe(config.optim.freeze)}"
+    return "-finetuned" if config.model.weights is not None else ""
 
 
 def _safe(name: str) -> str:

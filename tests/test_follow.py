@@ -42,6 +42,8 @@ def test_evaluation_sizes(tmp_path: Path, words: tuple[str, ...], resize: int, s
         (("data.root=${PETS}/cats",), "resnet50-cats"),
         (("data.loader=synthetic",), "resnet50-synthetic"),
         (("data.root=/",), "resnet50-data"),
+        (("data.root=/pets", "model.weights=a.pt"), "resnet50-pets-finetuned"),
+        (("data.root=/pets", "model.weights=a.pt", "optim.freeze=layer2"), "resnet50-pets-frozen-layer2"),
         (("run.name=mine",), "mine"),
         (("run.name=auto",), "resnet50-imagenet"),
     ],
