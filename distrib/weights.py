@@ -32,7 +32,7 @@ from distrib.layout.folders import patiently, reason, shown
 from distrib.models import build_model
 from distrib.models.resnet import ARCHITECTURES
 
-# Where the state dict lies in a file, the better first: ours (with "ema" up to 1.x) and those of torchvision's and
+# Where the state dict lies in a file, the better first: ours ("ema" in older files) and those of torchvision's and
 # timm's training scripts.
 EMA_KEYS = ("model_ema", "state_dict_ema", "ema")
 STATE_KEYS = (*EMA_KEYS, "model", "state_dict")
