@@ -19,16 +19,15 @@ START = read_start(sys.argv[1:]) if __name__ == "__main__" else None
 import contextlib
 import math
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from distrib import checkpoint
+from distrib import checkpoint, words
 from distrib.checkpoint import Checkpointer
 from distrib.config import Config, UserError, settled
 from distrib.data import EvalPlan, Index, Loader, TrainPlan, build_loader, open_data
@@ -46,7 +45,7 @@ from distrib.engine.state import TrainState
 from distrib.engine.step import TrainStep
 from distrib.faults import Agreement
 from distrib.folder import RunFolder, check_resumable
-from distrib.follow import follow, keep, told
+from distrib.follow import follow, keep
 from distrib.jsonl import cut_back
 from distrib.lease import Lease
 from distrib.log import ConsoleSink, JsonlSink, Log, WandbSink, new_run_id
@@ -57,7 +56,6 @@ from distrib.runtime import Runtime, leave, start
 from distrib.weights import load_weights
 
 SYNTHETIC_CLASSES = 1000  # ImageNet's
-REMEDY = "lower optim.lr or raise schedule.warmup_epochs, and start under another run.name or run.dir"
 
 
 @dataclass
@@ -138,7 +136,7 @@ class Run:
                 stopping = not self.evaluate(agreement)
                 save = save or progress.best_step == progress.step
                 meter.resume()
-            if save or stopping or self.save_due():
+            if save or stopping or self.saved_after(progress.step):
                 self.flush_and_save(meter, lr)
                 timer.restart()
 
@@ -163,12 +161,12 @@ class Run:
         return step % every == 0 or step == self.total_steps
 
     def record_due(self, step: int) -> bool:
-        """Whether a training record is to end with this step; a save or a stop may end one earlier."""
-        return step % self.config.log.every_steps == 0 or self.evaluated_after(step)
+        """Whether a training record is to end with this step; a stop, or a save for another reason, may end one earlier."""
+        return step % self.config.log.every_steps == 0 or self.evaluated_after(step) or self.saved_after(step)
 
-    def save_due(self) -> bool:
-        """Whether this step has one of the regular saves."""
-        step, cfg = self.progress.step, self.config.checkpoint
+    def saved_after(self, step: int) -> bool:
+        """Whether there is one of the regular saves after so many steps."""
+        cfg = self.config.checkpoint
         each_epoch = self.plan.steps_in(cfg.every_epochs) if cfg.every_epochs is not None else None
         return step == self.total_steps or any(n is not None and step % n == 0 for n in (cfg.every_steps, each_epoch))
 
@@ -223,9 +221,7 @@ class Run:
             self.log.record(record)
             finite = math.isfinite(float(str(record["loss"])))
             if self.progress.finite and not finite:
-                self.log.warning(
-                    f"the loss is {record['loss']} at step {record['step']}: nothing is learnt any more; {REMEDY}"
-                )
+                self.log.warning(words.not_finite(record["loss"], record["step"]))
             self.progress.finite = finite
 
     def conclude(self, stopping: bool, images_per_second: float) -> int:
@@ -253,28 +249,22 @@ class Run:
                 f"{same_command()} continues {self.folder.path}"
             )
         elif diverged:
-            self.log.message(f"the run ends with a loss that is no number (NaN); {REMEDY}", "error")
+            self.log.message(f"the run ends with a loss that is no number (NaN); {words.REMEDY}", "error")
             self.last_words = f"run folder: {self.folder.path}"
             return FAILED
         else:
-            self.last_words = "\n".join(self.finished())
+            self.last_words = self.finished()
         return STOPPED if stopping else FINISHED
 
-    def finished(self) -> tuple[str, str, str]:
-        """What a run that has come to its end says: the last result, the best with its file, and the folder."""
-        progress, result = self.progress, self.progress.result
+    def finished(self) -> str:
+        """The last words of a run that has come to its end."""
+        progress, checkpoints = self.progress, self.folder.checkpoints
         assert progress.best_step is not None
-        already = "" if self.unsaved else " already"
-        ema = f" (EMA {result['ema_top1']:.2f} %)" if "ema_top1" in result else ""
-        top5 = f", top-5 {result['top5']:.2f} %" if settled(self.config.model.num_classes) > 5 else ""
-        link = self.folder.checkpoints / "best.pt"
-        best = link if link.exists() else checkpoint.path_for(self.folder.checkpoints, progress.best_step)
-        return (
-            f"finished{already}: top-1 {result['top1']:.2f} %{ema}{top5} on {result['images']:,} images after "
-            f"{progress.step} steps",
-            f"best: {'EMA ' if ema else ''}top-1 {progress.best_top1:.2f} % at step {progress.best_step}, {best}",
-            f"run folder: {self.folder.path}",
-        )
+        link = checkpoints / checkpoint.BEST
+        file = link if link.exists() else checkpoint.path_for(checkpoints, progress.best_step)
+        best = progress.best_step, progress.best_top1, file
+        classes = settled(self.config.model.num_classes)
+        return words.finished(progress.result, progress.step, classes, best, self.folder.path, not self.unsaved)
 
     def summary(self, status: str, images_per_second: float) -> dict[str, object]:
         """What ``summary.json`` says."""
@@ -314,7 +304,7 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
         gpu=device.type == "cuda",
     )
     plan, eval_plan = make_plans(config, indexes, runtime)
-    total_steps = length(config.train.model_dump(), plan)
+    total_steps = plan.length(config.train.epochs, config.train.steps)
 
     torch.manual_seed(config.run.seed)
     network = build_model(config.model).to(memory_format=torch.channels_last).to(device)
@@ -335,10 +325,10 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
     if saved is not None:
         config = keep(asked.config, config, saved)
     progress = find_progress(newest, saved, config, data, total_steps, log)
-    begun_with = None  # a run that continues needs its first weights no more
+    first_weights = ""  # a run that continues needs them no more
     if saved is None and config.model.weights is not None:
-        begun_with = runtime.main_first(lambda: load_weights(network, config.model, names, say))
-        runtime.check_same(begun_with, f"begins with other weights than rank 0 (model.weights): {begun_with}")
+        first_weights = runtime.main_first(lambda: load_weights(network, config.model, names, say))
+        runtime.check_same(first_weights, f"begins with other weights than rank 0 (model.weights): {first_weights}")
     loader = runtime.on_each(
         lambda: build_loader(
             config.data,
@@ -367,12 +357,10 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
         log = Log([console, JsonlSink(folder.metrics, warn, lease.held), wandb])
     runtime.barrier()  # the traces are cut; the ranks may open them
 
-    for line in resolved(config, runtime, plan, precision, lr, network, total_steps):
+    for line in words.resolved(asked.config, config, runtime, plan, precision, lr, network):
         log.message(line)
-    if begun_with is not None:
-        log.message(begun_with)
-    if followed := told(asked.config, config):
-        log.message(f"settings that follow: {', '.join(followed)}")
+    if first_weights:
+        log.message(first_weights)
 
     smoothing, compiled = config.train.label_smoothing, settled(config.train.compile)
     objective = Objective(network, config.data.mean, config.data.std, DTYPES[precision], smoothing).to(device)
@@ -387,11 +375,9 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
     if saved:
         state.restore(saved)
         log.message(f"continuing {newest}: step {progress.step} of {total_steps}")
-        if progress.step < total_steps and progress.step == length(saved["config"]["train"], plan):
-            log.message(
-                f"it had ended there; the schedule is stretched over all {total_steps} steps and goes on at a learning "
-                f"rate of {schedule(progress.step):.3g}. A new schedule: --init-from {newest} under another run.name"
-            )
+        before = saved["config"]["train"]
+        if newest and progress.step == plan.length(before["epochs"], before["steps"]) < total_steps:
+            log.message(words.lengthened(total_steps, schedule(progress.step), newest))
     batch, clip = plan.global_batch, config.train.clip_grad_norm
     step = TrainStep(call, ddp, optimizer, scaler, ema, world=runtime.world, global_batch=batch, clip_grad_norm=clip)
     return Run(
@@ -451,26 +437,6 @@ def find_progress(
     return progress
 
 
-def resolved(
-    config: Config, runtime: Runtime, plan: TrainPlan, precision: str, lr: float, network: nn.Module, total_steps: int
-) -> tuple[str, str]:
-    """What follows from the configuration, in two lines."""
-    parameters = sum(p.numel() for p in network.parameters())
-    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    train, ranks = config.train, f"{runtime.world} × {runtime.device.type}"
-    return (
-        f"{config.model.name}, {parameters / 1e6:.2f} M parameters"
-        + (f", {trained / 1e6:.2f} M of them trained" if trained < parameters else "")
-        + f"; {ranks}, {precision}"
-        + (f" ({train.precision} is not for this processor)" if precision != train.precision else "")
-        + f", channels-last{', compiled' if settled(train.compile) else ''}"
-        + (", deterministic" if train.deterministic else ""),
-        f"global batch {plan.global_batch}: {runtime.world} × {plan.accumulation} forwards of at most "
-        f"{plan.largest_slice}; learning rate {lr:g}; {plan.steps_per_epoch} steps an epoch, {total_steps} in all; "
-        f"crops of {config.data.size} px, evaluated at {config.data.eval_size} of {config.data.eval_resize}",
-    )
-
-
 def open_folder(
     folder: RunFolder, lease: Lease | None, config: Config, step: int, state_bytes: int, warn: Callable[[str], None]
 ) -> Checkpointer:
@@ -488,11 +454,6 @@ def open_folder(
     except OSError as error:
         raise UserError(f"cannot write to {folder.path}: {error.strerror}: make room, or set run.dir") from None
     return made
-
-
-def length(train: Mapping[str, Any], plan: TrainPlan) -> int:
-    """Steps of a run with these ``train`` settings."""
-    return train["steps"] or plan.steps_in(train["epochs"])
 
 
 def make_plans(config: Config, indexes: tuple[Index, Index] | None, runtime: Runtime) -> tuple[TrainPlan, EvalPlan]:

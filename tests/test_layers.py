@@ -11,9 +11,18 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # From the top. A name stands for the module or the whole package. A unit imports units of lower layers only.
+# fmt: off
 LAYERS = (
     ("train", "distrib.tools", "distrib.__main__"),
-    ("distrib.engine", "distrib.checkpoint", "distrib.folder", "distrib.log", "distrib.metrics", "distrib.weights"),
+    (
+        "distrib.engine",
+        "distrib.checkpoint",
+        "distrib.folder",
+        "distrib.log",
+        "distrib.metrics",
+        "distrib.weights",
+        "distrib.words",
+    ),
     ("distrib.data", "distrib.models", "distrib.optim", "distrib.augment"),
     ("distrib.runtime", "distrib.entry"),
     ("distrib.lease",),
@@ -24,6 +33,7 @@ LAYERS = (
     ("distrib.config", "distrib.root"),
     ("distrib",),  # the package itself: its version
 )
+# fmt: on
 DEPTH = {unit: depth for depth, layer in enumerate(LAYERS) for unit in layer}
 APART = ("distrib.tools",)  # programs, each a module or a sub-package, that do not import each other either
 LAUNCH_MAY = (

@@ -92,6 +92,10 @@ class TrainPlan:
         """The nearest number of steps, one at least."""
         return max(1, round(epochs * self.steps_per_epoch))
 
+    def length(self, epochs: float, steps: int | None) -> int:
+        """Steps of a run of so many epochs, or of ``steps``."""
+        return steps or self.steps_in(epochs)
+
     @property
     def largest_slice(self) -> int:
         """The most images that any rank sees in one forward."""

@@ -1,0 +1,72 @@
+"""What a run says in sentences as it begins and ends. Texts only: who says them, and when, is the caller's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import nn
+
+from distrib.config import Config, settled
+from distrib.data import TrainPlan
+from distrib.follow import told
+from distrib.runtime import Runtime
+
+REMEDY = "lower optim.lr or raise schedule.warmup_epochs, and start under another run.name or run.dir"
+SHOW_TOP5 = 6  # classes from which five guesses say something
+
+
+def resolved(
+    asked: Config, config: Config, runtime: Runtime, plan: TrainPlan, precision: str, lr: float, network: nn.Module
+) -> list[str]:
+    """What follows from the configuration ``asked``, in two or three lines; ``precision``: the effective one."""
+    parameters = sum(p.numel() for p in network.parameters())
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    train, data = config.train, config.data
+    followed = told(asked, config)
+    return [
+        f"{config.model.name}, {parameters / 1e6:.2f} M parameters"
+        + (f", {trained / 1e6:.2f} M of them trained" if trained < parameters else "")
+        + f"; {runtime.world} × {runtime.device.type}, {precision}"
+        + (f" ({train.precision} is not for this processor)" if precision != train.precision else "")
+        + f", channels-last{', compiled' if settled(train.compile) else ''}"
+        + (", deterministic" if train.deterministic else ""),
+        f"global batch {plan.global_batch}: {runtime.world} × {plan.accumulation} forwards of at most "
+        f"{plan.largest_slice}; learning rate {lr:g}; {plan.steps_per_epoch} steps an epoch, "
+        f"{plan.length(train.epochs, train.steps)} in all; crops of {data.size} px, evaluated at {data.eval_size} of "
+        f"{data.eval_resize}",
+        *([f"settings that follow: {', '.join(followed)}"] if followed else []),
+    ]
+
+
+def lengthened(total_steps: int, lr: float, newest: Path) -> str:
+    """For a run that had come to its end and now gets more steps, which begin at the learning rate ``lr``."""
+    return (
+        f"it had ended there; the schedule is stretched over all {total_steps} steps and goes on at a learning rate of "
+        f"{lr:.3g}. A new schedule: --init-from {newest} under another run.name"
+    )
+
+
+def not_finite(loss: object, step: object) -> str:
+    """For the first logged loss that is no number."""
+    return f"the loss is {loss} at step {step}: nothing is learnt any more; {REMEDY}"
+
+
+def finished(
+    result: Mapping[str, float], step: int, classes: int, best: tuple[int, float, Path], folder: Path, already: bool
+) -> str:
+    """For a run that has come to its end.
+
+    Args:
+        result: of the last evaluation, in percent.
+        best: step, top-1 in percent, and file of the best evaluation.
+        already: whether it had come to its end before this start.
+    """
+    ema = f" (EMA {result['ema_top1']:.2f} %)" if "ema_top1" in result else ""
+    top5 = f", top-5 {result['top5']:.2f} %" if classes >= SHOW_TOP5 else ""
+    return (
+        f"finished{' already' if already else ''}: top-1 {result['top1']:.2f} %{ema}{top5} on {result['images']:,} "
+        f"images after {step} steps\n"
+        f"best: {'EMA ' if ema else ''}top-1 {best[1]:.2f} % at step {best[0]}, {best[2]}\n"
+        f"run folder: {folder}"
+    )
