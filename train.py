@@ -161,7 +161,7 @@ class Run:
         return step % every == 0 or step == self.total_steps
 
     def record_due(self, step: int) -> bool:
-        """Whether a training record is to end with this step; a stop, or a save for another reason, may end one earlier."""
+        """Whether a training record is to end with this step; a stop or another save may end one earlier."""
         return step % self.config.log.every_steps == 0 or self.evaluated_after(step) or self.saved_after(step)
 
     def saved_after(self, step: int) -> bool:
