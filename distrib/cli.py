@@ -87,6 +87,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return _validate(_resolve(config), source.where)
 
 
+def change_config(config: Config, overrides: Sequence[str]) -> Config:
+    """``config`` with the ``key=value`` words, as behind a configuration file.
+
+    Raises:
+        UserError: one line naming the key that is wrong and the way out.
+    """
+    source = _Source(config.model_dump(mode="json"))
+    for word in overrides:
+        source.update(_read_override(word))
+    return _validate(_resolve(_validate(source.values, source.where)), source.where)
+
+
 def dump_config(config: Config) -> str:
     """The configuration as YAML that ``load_config`` reads back to an equal Config."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)

@@ -30,8 +30,10 @@ class Parser(argparse.ArgumentParser):
     Sweeps write that form; the options of other trainers (``--lr 0.5``) are answered with ours.
     """
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, parts: Sequence[str | None] = (None,), **options: Any) -> None:
+        """``parts``: those of the settings that ``--help`` shows; None: all."""
         super().__init__(allow_abbrev=False, add_help=False, **options)
+        self._parts = parts
         self.add_argument(
             "-h", "--help", nargs="?", const="", metavar="PART", help="show this, or one part of the settings: optim"
         )
@@ -45,7 +47,8 @@ class Parser(argparse.ArgumentParser):
         asked = next((k for k, word in enumerate(argv) if word in ("-h", "--help")), None)
         if asked is not None:
             part = argv[asked + 1] if asked + 1 < len(argv) else None
-            print(settings_help(part) if part else f"{self.format_help()}\nsettings:\n\n{settings_help()}")
+            settings = "\n\n".join(map(settings_help, [part] if part else self._parts))
+            print(settings if part else f"{self.format_help()}\nsettings:\n\n{settings}")
             sys.exit(0)
         return self.parse_intermixed_args(self._without_dashes(list(argv)))
 

@@ -261,22 +261,34 @@ def _differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list
     return found + [f"{key} {list(tensor.shape)} is too much" for key, tensor in state.items() if key not in own]
 
 
-def _way_out(weights: Weights, cfg: ModelConfig) -> str:
-    """The settings under which the weights would fit, found by trying the networks that have as many blocks."""
+def identify(weights: Weights, near: ModelConfig) -> ModelConfig | None:
+    """The network that the weights' shapes belong to: of those that fit, the one with most of ``near``'s settings.
+
+    Only the settings that make another network are looked at; without a last layer there are ``near``'s classes.
+    """
     blocks = sum(key.endswith(".conv1.weight") for key in weights.state)
     names = [name for name, arch in ARCHITECTURES.items() if sum(arch.depths) == blocks]
-    stems = dict.fromkeys((cfg.stem, None, "imagenet", "small"))  # as it is set, first
-    for stem, plain, name in product(stems, (cfg.plain, not cfg.plain), names):
+    stems = dict.fromkeys((near.stem, None, "imagenet", "small"))
+    for stem, plain, name in product(stems, (near.plain, not near.plain), names):
         tried = ModelConfig(name=name, num_classes=1, stem=stem, plain=plain)
         with torch.device("meta"):  # shapes only
             own = build_model(tried).state_dict()
         if not _differences(_without_head(own), _without_head(weights.state)):
-            texts = {"name": name, "stem": stem or "null", "plain": str(plain).lower()}
-            changed = [f"model.{key}={texts[key]}" for key in texts if getattr(tried, key) != getattr(cfg, key)]
-            if not changed:
-                return "all but the last layer fits, which must have both its weight and its bias, or neither"
-            return f"set {' '.join(changed)}, which they fit"
-    return "they are of a network that is not here; name others in model.weights"
+            head = weights.state.get(HEAD[0])
+            return tried.model_copy(update={"num_classes": near.num_classes if head is None else len(head)})
+    return None
+
+
+def _way_out(weights: Weights, cfg: ModelConfig) -> str:
+    """The settings under which the weights would fit."""
+    found = identify(weights, cfg)
+    if found is None:
+        return "they are of a network that is not here; name others in model.weights"
+    texts = {"name": found.name, "stem": found.stem or "null", "plain": str(found.plain).lower()}
+    changed = [f"model.{key}={texts[key]}" for key in texts if getattr(found, key) != getattr(cfg, key)]
+    if not changed:
+        return "all but the last layer fits, which must have both its weight and its bias, or neither"
+    return f"set {' '.join(changed)}, which they fit"
 
 
 def _torchvision_file(text: str, enum: str | None, name: str, model: str, notify: Notify) -> Path:

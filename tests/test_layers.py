@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # fmt: off
 LAYERS = (
     ("train", "distrib.tools", "distrib.__main__"),
+    ("distrib.trained",),
     (
         "distrib.engine",
         "distrib.checkpoint",

@@ -10,6 +10,7 @@ import os
 import pwd
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 from distrib.config import Auto, DataConfig, UserError
 from distrib.layout.folders import as_utf8, patiently, reason, scan, shown, unreadable, walk, without_images
@@ -110,6 +111,24 @@ def find_splits(cfg: DataConfig) -> tuple[Split, Split]:
         Split("train", train, cfg.classes, share, cfg.fraction),
         Split("val", val, cfg.classes, share),
     )
+
+
+def find_split(cfg: DataConfig, name: Literal["train", "val"], whole: bool) -> Split:
+    """The split to evaluate: as in training, or, where ``whole``, the folder of that name with all that is in it.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not whole or cfg.root == SAMPLE:
+        return find_splits(cfg)[SPLITS.index(name)]
+    root = data_root(cfg).absolute()
+    found = folders_of(root)
+    source = found[name] or (root if found["train"] == root else None)
+    if source is None:
+        raise UserError(_missing(root / name))
+    if cfg.classes is not None:
+        check_classes(cfg.classes, class_folders(source), source)
+    return Split(name, source, cfg.classes)
 
 
 def look(cfg: DataConfig, classes: int | Auto = "auto") -> int | None:

@@ -1,0 +1,102 @@
+"""A network with its weights, from a run or from anybody's file: what the tools begin with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from distrib.cli import change_config
+from distrib.config import Config, ModelConfig, UserError, settled
+from distrib.follow import follow_names
+from distrib.layout.folders import shown
+from distrib.models import build_model
+from distrib.weights import fit, identify, read_weights
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network, filled.
+
+    Attributes:
+        network: on the CPU, in evaluation mode.
+        config: the run's; for other weights the defaults of their network.
+        classes: names of the outputs, in order, where the weights know them.
+        source: what was loaded, for messages.
+    """
+
+    network: nn.Module
+    config: Config
+    classes: tuple[str, ...] | None
+    source: str
+
+    @property
+    def outputs(self) -> int:
+        """How many classes the network tells apart."""
+        return settled(self.config.model.num_classes)
+
+
+def open_trained(
+    text: str, model: str | None, overrides: Sequence[str], notify: Callable[[str], None] = print
+) -> Trained:
+    """Loads what ``text`` names: a run's folder (its best), a file, or torchvision's name of weights of ``model``.
+
+    Args:
+        model: the network's name; None: what the weights fit.
+        overrides: ``key=value`` words that change the run's configuration.
+
+    Raises:
+        UserError: there are no such weights, or no network here that they fit.
+    """
+    weights = read_weights(text, model or "resnet50", notify)
+    begun = {key: value for key, value in dict(weights.config.get("model", {})).items() if key != "weights"}
+    asked = ModelConfig(**(begun | ({"name": model} if model else {})))
+    found = asked if weights.config and model is None else identify(weights, asked)
+    if found is None:
+        raise UserError(f"the weights {weights.source} are of a network that is not here")
+    if model is not None and found.name != model:
+        raise UserError(f"the weights {weights.source} are of {found.name}, not {model}: leave --model out")
+    config = _config(weights.config).model_copy(update={"model": found})
+    config = change_config(follow_names(config), overrides)
+    network = build_model(config.model)
+    said = fit(network, weights, config.model, weights.classes)
+    if "the head is new" in said:
+        raise UserError(f"the weights {weights.source} have no last layer: there is nothing to tell classes apart")
+    return Trained(network.eval(), config, weights.classes, weights.source)
+
+
+def output_of(folders: Sequence[str], trained: Trained) -> list[int]:
+    """For each class folder the network's output that is meant.
+
+    Raises:
+        UserError: a folder is none of the network's classes, or their number differs where it knows no names.
+    """
+    if trained.classes is None:
+        if len(folders) != trained.outputs:
+            raise UserError(
+                f"{trained.source} tells {trained.outputs} classes apart and knows no names, but there are "
+                f"{len(folders)} class folders: give those that it was trained on"
+            )
+        return list(range(len(folders)))
+    place = {name: k for k, name in enumerate(trained.classes)}
+    other = [name for name in folders if name not in place]
+    if other:
+        more = f" nor {len(other) - 1} more" if other[1:] else ""
+        known = ", ".join(map(shown, trained.classes[:5])) + (" …" if trained.classes[5:] else "")
+        raise UserError(f"{trained.source} does not know the class {shown(other[0])}{more}; it knows {known}")
+    return [place[name] for name in folders]
+
+
+def _config(values: object) -> Config:
+    """A checkpoint's configuration; keys that this version does not have are left out."""
+    if not isinstance(values, dict):
+        return Config()
+    parts = {}
+    for name, info in Config.model_fields.items():
+        inner = getattr(info.annotation, "model_fields", None)
+        if name in values and isinstance(values[name], dict) and inner is not None:
+            parts[name] = {key: value for key, value in values[name].items() if key in inner}
+        elif name in values and inner is None:
+            parts[name] = values[name]
+    return Config.model_validate(parts)
