@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from distrib import checkpoint, words
-from distrib.checkpoint import Checkpointer
+from distrib.checkpoint import Checkpointer, check_room
 from distrib.config import Config, UserError, settled
 from distrib.data import EvalPlan, Index, Loader, TrainPlan, build_loader, open_data
 from distrib.engine.evaluate import Evaluator
@@ -44,18 +44,19 @@ from distrib.engine.prepare import (
 from distrib.engine.state import TrainState
 from distrib.engine.step import TrainStep
 from distrib.faults import Agreement
-from distrib.folder import RunFolder, check_resumable
+from distrib.folder import RunFolder, check_checkpoint, check_resumable
 from distrib.follow import follow, keep
 from distrib.jsonl import cut_back
+from distrib.layout import SYNTHETIC_CLASSES
 from distrib.lease import Lease
 from distrib.log import ConsoleSink, JsonlSink, Log, WandbSink, new_run_id
 from distrib.metrics import SaveTimer, Trace, TrainMeter
 from distrib.models import build_model
 from distrib.optim import Ema, build_optimizer, build_schedule, freeze, peak_lr
 from distrib.runtime import Runtime, leave, start
-from distrib.weights import load_weights
+from distrib.weights import checksum, load_weights
 
-SYNTHETIC_CLASSES = 1000  # ImageNet's
+SAVE_STEPS = 10  # between saves at the ends of epochs: with a batch as large as the data each step is one
 
 
 @dataclass
@@ -168,6 +169,8 @@ class Run:
         """Whether there is one of the regular saves after so many steps."""
         cfg = self.config.checkpoint
         each_epoch = self.plan.steps_in(cfg.every_epochs) if cfg.every_epochs is not None else None
+        if each_epoch is not None:
+            each_epoch *= -(-SAVE_STEPS // each_epoch)  # a whole number of them
         return step == self.total_steps or any(n is not None and step % n == 0 for n in (cfg.every_steps, each_epoch))
 
     def evaluate(self, agreement: Agreement) -> bool:
@@ -260,8 +263,9 @@ class Run:
         """The last words of a run that has come to its end."""
         progress, checkpoints = self.progress, self.folder.checkpoints
         assert progress.best_step is not None
-        link = checkpoints / checkpoint.BEST
-        file = link if link.exists() else checkpoint.path_for(checkpoints, progress.best_step)
+        file, link = checkpoint.path_for(checkpoints, progress.best_step), checkpoints / checkpoint.BEST
+        if link.resolve() == file.resolve():
+            file = link
         best = progress.best_step, progress.best_top1, file
         classes = settled(self.config.model.num_classes)
         return words.finished(progress.result, progress.step, classes, best, self.folder.path, not self.unsaved)
@@ -313,6 +317,8 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
     check_batch_norm(network, plan.smallest_slice, config.data.size)
 
     folder = RunFolder(config.run.dir)
+    if indexes:
+        folder.check_apart([index.root for index in indexes])
     names = indexes[0].classes if indexes else None
     classes = settled(config.model.num_classes)
     console = ConsoleSink(total_steps, plan.steps_per_epoch, classes) if runtime.is_main else None
@@ -321,14 +327,21 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
     lease = runtime.on_main_only(lambda: Lease(folder.path).acquire(say, STOP.requested))
     if lease is not None:
         leaving.callback(lease.release)
-    newest, saved = (None, None) if asked.fresh else find_checkpoint(runtime, folder, asked.must_resume, log)
+    fresh = asked.fresh and not runtime.on_main(lambda: folder.is_begun_by(asked.job))
+    if asked.fresh and not fresh:
+        log.message(f"--fresh: {asked.job} began this run already, so it goes on")
+    newest, saved = (None, None) if fresh else find_checkpoint(runtime, folder, asked.must_resume, log)
     if saved is not None:
         config = keep(asked.config, config, saved)
     progress = find_progress(newest, saved, config, data, total_steps, log)
     first_weights = ""  # a run that continues needs them no more
     if saved is None and config.model.weights is not None:
         first_weights = runtime.main_first(lambda: load_weights(network, config.model, names, say))
-        runtime.check_same(first_weights, f"begins with other weights than rank 0 (model.weights): {first_weights}")
+        runtime.check_same(checksum(network), f"begins with other weights than rank 0: {first_weights}")
+    state_bytes = (3 if config.ema else 2) * sum(4 * p.numel() for p in network.parameters())  # momentum, EMA
+    if fresh:  # before the loader, which knows the bad samples of the run that is there
+        runtime.on_main(lambda: check_room(folder.checkpoints, state_bytes))
+        runtime.on_main(lambda: folder.start_fresh(asked.job, say))
     loader = runtime.on_each(
         lambda: build_loader(
             config.data,
@@ -345,9 +358,6 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
     )
 
     # What the user may have got wrong has been looked at: from here on the run folder is written to.
-    state_bytes = (3 if config.ema else 2) * sum(4 * p.numel() for p in network.parameters())  # momentum, EMA
-    if asked.fresh:
-        runtime.on_main(lambda: folder.move_aside(say))
     checkpointer = runtime.on_main_only(lambda: open_folder(folder, lease, config, progress.step, state_bytes, warn))
     lr, parameters = peak_lr(config.optim, plan.global_batch), sum(p.numel() for p in network.parameters())
     if console is not None and lease is not None:
@@ -411,7 +421,7 @@ def find_checkpoint(
     """
     newest = runtime.on_main(lambda: checkpoint.newest_valid(folder.checkpoints, log.warning))
     if newest is not None:
-        return newest, runtime.on_each(lambda: checkpoint.load(newest))
+        return newest, runtime.on_each(lambda: check_checkpoint(checkpoint.load(newest), newest))
     if needed:
         raise UserError(f"--resume must: {folder.checkpoints} holds no checkpoint: see run.dir and run.name")
     return None, None

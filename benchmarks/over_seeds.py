@@ -4,7 +4,7 @@
         --variant "zero: model.zero_init_residual=true" --variant "one: model.zero_init_residual=false" \
         -- --config configs/own_images.yaml --data DIR data.size=64
 
-What follows ``--`` goes to every run. Runs that are finished are not trained again: stopped, the same command goes on.
+What follows ``--`` goes to every run. Stopped, the same command goes on; a run of other words is another run.
 The p-value is a paired t-test's over the seeds, against the first variant.
 """
 
@@ -13,9 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
 import statistics
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
@@ -32,11 +34,11 @@ def main(argv: list[str]) -> int:
     top1: dict[str, list[float]] = {}
     for seed in range(args.seeds):
         for variant in args.variant:
-            name, _, words = variant.partition(":")
-            folder = args.runs / f"{name.strip()}-{seed}"
-            own = [*words.split(), f"run.seed={seed}", f"run.dir={folder}", "wandb.mode=disabled"]
+            name, _, own = variant.partition(":")
+            words = [*argv[split + 1 :], *shlex.split(own), f"run.seed={seed}", "wandb.mode=disabled"]
+            folder = args.runs / f"{name.strip()}-{seed}-{zlib.crc32(repr(words).encode()):08x}"
             done = subprocess.run(
-                [sys.executable, str(TRAIN), *argv[split + 1 :], *own], stdout=sys.stderr, check=False
+                [sys.executable, str(TRAIN), *words, f"run.dir={folder}"], stdout=sys.stderr, check=False
             )
             if done.returncode:
                 return done.returncode

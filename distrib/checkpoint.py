@@ -11,6 +11,7 @@ import io
 import os
 import pickle
 import re
+import secrets
 import shutil
 import threading
 import zlib
@@ -23,7 +24,7 @@ import torch
 from distrib.config import UserError
 from distrib.layout.folders import patiently
 
-LAST, BEST = "last.pt", "best.pt"  # links to two of the files, for people and other programs; nothing here reads them
+LAST, BEST = "last.pt", "best.pt"  # links to two of the files; what a run continues from is found without them
 PATTERN = re.compile(r"^step_(\d{8,})\.pt$")
 TEMPORARY = ".partial"
 PROBE = 1 << 16  # bytes that are really written to see whether the disk takes any: an empty file fits a full one
@@ -94,6 +95,34 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         raise UserError(f"cannot load checkpoint {path}: {told}") from None
 
 
+def check_room(folder: Path, needed: int = 0) -> None:
+    """Makes ``folder``, and looks whether a checkpoint of about ``needed`` bytes can be written to it.
+
+    Raises:
+        UserError: it cannot be written, or the disk has no room.
+    """
+    probe = folder / f".probe.{secrets.token_hex(8)}{TEMPORARY}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with probe.open("wb") as file:
+                file.write(bytes(PROBE))
+                file.flush()
+                os.fsync(file.fileno())  # a network disk says it no sooner
+        finally:
+            probe.unlink(missing_ok=True)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        _remove_empty(folder)
+        raise UserError(f"cannot write checkpoints to {folder}: {error.strerror}: set run.dir") from None
+    if free < needed:
+        _remove_empty(folder)
+        raise UserError(
+            f"{folder} has room for {free / 1e6:.0f} MB, and one checkpoint takes about {needed / 1e6:.0f} MB: "
+            "make room, or set run.dir"
+        )
+
+
 class Checkpointer:
     """Saves into one folder. Only the rank that writes makes one; ``save`` returns after the copy to host memory.
 
@@ -120,28 +149,10 @@ class Checkpointer:
         self._writer, self._owned = writer, owned
         self._thread: threading.Thread | None = None
         self._saved: int | None = None  # the newest step that is on disk by this object's doing
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for left in folder.glob(f"*{TEMPORARY}"):  # a save that was killed
-                left.unlink(missing_ok=True)
-            probe = folder / f".probe.{writer}{TEMPORARY}"
-            try:
-                with probe.open("wb") as file:
-                    file.write(bytes(PROBE))
-                    file.flush()
-                    os.fsync(file.fileno())  # a network disk says it no sooner
-            finally:
-                probe.unlink(missing_ok=True)
-            free = shutil.disk_usage(folder).free
-        except OSError as error:
-            _remove_empty(folder)
-            raise UserError(f"cannot write checkpoints to {folder}: {error.strerror}: set run.dir") from None
-        if free < needed:
-            _remove_empty(folder)
-            raise UserError(
-                f"{folder} has room for {free / 1e6:.0f} MB, and one checkpoint takes about {needed / 1e6:.0f} MB: "
-                "make room, or set run.dir"
-            )
+        check_room(folder, needed)
+        for left in folder.glob(f"*{TEMPORARY}"):  # a save that was killed
+            with contextlib.suppress(OSError):
+                left.unlink()
 
     def save(self, state: dict[str, Any], step: int, best: int | None) -> None:
         """Takes a copy of ``state`` and writes it in the background; keeps the last ``keep`` files and step ``best``.
@@ -183,11 +194,13 @@ class Checkpointer:
         return self._saved
 
     def _link(self, name: str, step: int) -> None:
-        """Points ``name`` at a checkpoint, if that is there and the disk knows symbolic links."""
+        """Points ``name`` at a checkpoint, where the disk knows symbolic links; at none, if that could not be saved."""
         target, link = path_for(self._folder, step), self._folder / name
         partial = self._folder / f"{name}.{self._writer}{TEMPORARY}"
         with contextlib.suppress(OSError):
-            if target.exists():
+            if not target.exists():
+                link.unlink(missing_ok=True)
+            else:
                 partial.symlink_to(target.name)  # relative: the folder may be moved
                 os.replace(partial, link)
 

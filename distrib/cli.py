@@ -78,13 +78,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     source = _read_file(_find(Path(path)), ())
     for word in overrides:
         source.update(_read_override(word))
+    values = _resolve(follow_names(_validate(source.values, source.where)))
     for key, name in WANDB_NAMES.items():
-        part = source.values.setdefault("wandb", {})
-        if key not in source.where and isinstance(part, dict) and os.environ.get(name):
-            part[key.partition(".")[2]] = read_typed(key, os.environ[name])
+        if key not in source.where and os.environ.get(name):
+            values["wandb"][key.partition(".")[2]] = read_typed(key, os.environ[name])
             source.where[key] = f"the environment's {name}"
-    config = follow_names(_validate(source.values, source.where))
-    return _validate(_resolve(config), source.where)
+    return _validate(values, source.where)
 
 
 def change_config(config: Config, overrides: Sequence[str]) -> Config:

@@ -48,7 +48,11 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 Pair = Annotated[tuple[float, float], Field(strict=False)]
 Size = Annotated[tuple[PositiveInt, PositiveInt], Field(strict=False)]
 Triple = Annotated[tuple[float, float, float], Field(strict=False)]
-Names = Annotated[tuple[Text, ...], Field(strict=False, min_length=1), Words("names with commas between them")]
+Names = Annotated[
+    tuple[Text, ...],
+    Field(strict=False, min_length=1),
+    Words("names with commas between them (in a file: numbers in quotes)"),
+]
 
 
 def settled(value: T | Auto) -> T:
@@ -77,9 +81,7 @@ class Part(BaseModel):
 class RunConfig(Part):
     """Who the run is. A run is its directory; the same directory again continues it."""
 
-    name: Annotated[str, Field(pattern=r"^[\w.+-]+$"), Words("a name of letters, digits, '_', '.', '+' and '-'")] = (
-        "auto"
-    )
+    name: Name = "auto"
     """The run's name; auto: from the network, the data's folder, and whether it begins with weights."""
     dir: Text = "runs/${run.name}"
     """The run's folder. The same folder again continues the run."""
@@ -269,7 +271,7 @@ class CheckpointConfig(Part):
     every_steps: PositiveInt | None = 1000
     """Save after so many steps."""
     every_epochs: PositiveFloat | None = 1
-    """Save after so many epochs."""
+    """Save after so many epochs, at least ten steps apart."""
     every_minutes: PositiveFloat | None = 15
     """Save after so many minutes."""
     keep: PositiveInt = 3

@@ -11,18 +11,22 @@ from distrib.cli import dump_config, load_config
 from distrib.config import Config, UserError
 from distrib.faults import FINISHED, USER_ERROR, report_exit
 from distrib.follow import follow
-from distrib.layout import look
+from distrib.layout import count_classes
 from distrib.options import parse_args
-from distrib.place import Place, find_place, publish
+from distrib.place import Place, find_job, find_place, publish
 from distrib.surroundings import check_limits
 
 
 @dataclass(frozen=True)
 class Start:
-    """What was asked for. ``fresh``: the old run is to be moved aside; ``must_resume``: there must be one."""
+    """What was asked for. ``fresh``: the old run is to be moved aside; ``must_resume``: there must be one.
+
+    ``job``: which start of torchrun's or Slurm's this is, its restarts included; None where nothing restarts it.
+    """
 
     config: Config
     place: Place = field(default_factory=Place)
+    job: str | None = None
     fresh: bool = False
     must_resume: bool = False
 
@@ -47,9 +51,7 @@ def read_start(argv: Sequence[str]) -> Start:
         if place.rank == 0 or not error.everywhere:
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(report_exit(USER_ERROR, str(error))) from None
-    # A worker that torchrun or Slurm starts again after a failure goes on: only the first of its starts is fresh.
-    again = any(os.environ.get(name, "0") != "0" for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-    return Start(config, place, args.fresh and not again, args.resume == "must")
+    return Start(config, place, find_job(os.environ), args.fresh, args.resume == "must")
 
 
 def print_config(config: Config) -> None:
@@ -60,6 +62,6 @@ def print_config(config: Config) -> None:
 def _classes(config: Config) -> int | None:
     """How many there are, where the data can be looked at from here."""
     try:
-        return look(config.data, config.model.num_classes)
+        return count_classes(config.data, config.model.num_classes)
     except UserError:
         return None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,21 @@ from distrib.cli import dump_config
 from distrib.config import Config, UserError
 from distrib.follow import flatten
 from distrib.jsonl import dumps, replace_file
-from distrib.lease import is_lease_file
 from distrib.root import INSTALLED
 
 PACKAGES = ("distrib", "torch", "torchvision", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "wandb")
+WAYS_OUT = "choose another run.name, or begin anew with --fresh"
 PARTS = ("progress", "config", "data", "model", "optimizer", "statistics", "scaler")  # of each checkpoint
 # Another value would make a step mean something else: other images, another network.
 FIXED = (
     "model.name", "model.num_classes", "model.stem", "model.plain", "run.seed", "train.global_batch", "data.size",
     "optim.freeze", "optim.head_lr", "optim.layer_decay",
+)  # fmt: skip
+
+
+# What a run writes into its folder. Checkpoints first: without them nothing is continued, whatever else is there.
+OWN = (
+    "checkpoints", "config.yaml", "metrics.jsonl", "trace", "summary.json", "bad_samples.jsonl", "wandb", ".fresh",
 )  # fmt: skip
 
 
@@ -39,24 +46,48 @@ class RunFolder:
         self.bad_samples = self.path / "bad_samples.jsonl"
         self.trace = self.path / "trace"
         self._summary = self.path / "summary.json"
+        self._fresh = self.path / ".fresh"  # the job that began here with --fresh
 
-    def move_aside(self, notify: Callable[[str], None]) -> None:
-        """Moves all that the folder holds, but for the word of who writes it, to a folder beside it with the time.
+    def check_apart(self, sources: Sequence[Path]) -> None:
+        """Looks that the folder is not among the class folders of ``sources``, where it would become a class.
+
+        Raises:
+            UserError: it is.
+        """
+        for source in sources:
+            if self.path.resolve().is_relative_to(source.resolve()):
+                raise UserError(f"run.dir {self.path} lies among the class folders of {source}: set run.dir elsewhere")
+
+    def is_begun_by(self, job: str | None) -> bool:
+        """Whether ``start_fresh`` made it for this job: then this is a restart, which goes on."""
+        try:
+            return job is not None and self._fresh.read_text(encoding="utf-8") == job
+        except (OSError, ValueError):
+            return False
+
+    def start_fresh(self, job: str | None, notify: Callable[[str], None]) -> None:
+        """Moves what a run left here to a folder beside it, with the time in its name; nothing is deleted.
 
         Raises:
             UserError: it cannot be moved.
         """
+        path = self.path.absolute()
+        aside = path.with_name(f"{path.name}.{time.strftime('%Y-%m-%dT%H-%M-%S')}")
         try:
-            names = [name for name in os.listdir(self.path) if not is_lease_file(name)]
-            if not names:
-                return
-            aside = self.path.with_name(f"{self.path.name}.{time.strftime('%Y-%m-%dT%H-%M-%S')}")
-            aside.mkdir()  # an error where it is there, so that nothing is ever mixed
-            for name in sorted(names, key=lambda name: name != "config.yaml"):
-                (self.path / name).rename(aside / name)
+            with contextlib.suppress(OSError):
+                self.checkpoints.rmdir()  # an empty one, which a look for room has made
+            there = [name for name in OWN if os.path.lexists(path / name)]
+            if there:
+                aside.mkdir()  # an error where it is there, so that nothing is ever mixed
+            for name in there:
+                (path / name).rename(aside / name)
+            if job is not None:
+                replace_file(self._fresh, job.encode())
         except OSError as error:
-            raise UserError(f"cannot move {self.path} aside: {error.strerror}: set run.dir") from None
-        notify(f"--fresh: the earlier run lies in {aside}")
+            where = f" (some of it lies in {aside})" if aside.exists() else ""
+            raise UserError(f"cannot move {path} aside{where}: {error.strerror}: set run.dir") from None
+        if there:
+            notify(f"--fresh: the earlier run lies in {self.path.with_name(aside.name)}")
 
     def write_config(self, config: Config) -> None:
         """``config.yaml``: a header with versions, then what ``--config`` reads back to the same run.
@@ -91,31 +122,41 @@ class RunFolder:
         return values if isinstance(values, dict) else None
 
 
+def check_checkpoint(saved: object, path: Path) -> dict[str, Any]:
+    """What ``path`` holds, which must be a checkpoint of this trainer.
+
+    Raises:
+        UserError: it is not.
+    """
+    missing = [part for part in PARTS if not isinstance(saved, dict) or part not in saved]
+    if missing or not isinstance(saved, dict):
+        raise UserError(f"{path} has no {missing[0]!r}, so it is no checkpoint of this trainer: move it away")
+    return saved
+
+
 def check_resumable(
     saved: Mapping[str, Any], config: Config, data: str, path: Path, notify: Callable[[str], None]
 ) -> None:
     """Refuses a checkpoint of another network, data set, seed or batch; says which other keys have changed.
 
     Raises:
-        UserError: naming the key, both values and the way out; or the file is no checkpoint of this trainer.
+        UserError: naming the key, both values and the way out.
     """
-    missing = [part for part in PARTS if not isinstance(saved, Mapping) or part not in saved]
-    if missing:
-        raise UserError(f"{path} has no {missing[0]!r}, so it is no checkpoint of this trainer: move it away")
     new = flatten(config.model_dump(mode="json"))
     # A key that is younger than the checkpoint had the value then that it has by default.
     old = flatten(Config().model_dump(mode="json")) | flatten(saved["config"])
     changed = {key: (old.get(key), new.get(key)) for key in sorted(old | new) if old.get(key) != new.get(key)}
     for key, (before, now) in changed.items():
         if any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED):
-            raise UserError(
-                f"{key} is {now}, but {path} was trained with {before}: set it back, or choose another run.name"
-            )
+            raise UserError(f"{key} is {now}, but {path} was trained with {before}: set it back, {WAYS_OUT}")
+    before, now = changed.get("model.weights", (None, None))
+    if now is not None:
+        raise UserError(f"model.weights is {now}, but {path} began with {before or 'none'}: set it back, {WAYS_OUT}")
     if saved["data"] != data:
         raise UserError(
             f"the images under data.root are not those that {path} was trained on (files were added, removed or "
-            "renamed, or data.classes, data.fraction or data.val_split were changed): restore them, or choose another "
-            "run.name"
+            "renamed, or data.classes, data.fraction or data.val_split were changed): restore them, "
+            f"{WAYS_OUT}"
         )
     told = [f"{key} {before} → {now}" for key, (before, now) in changed.items() if not key.startswith(("run.", "log."))]
     if told:

@@ -1,7 +1,7 @@
 """Settings that follow from others, the data or the machine: what ``auto`` means, as pure functions.
 
 A key that says auto is settled once, as soon as what it follows from is known, and is written down so: the run's folder
-holds the value. The loader's workers alone stay auto there: each machine has its own cores.
+holds the value. Workers and decoder stay auto there, as each machine has its own, and so does the look for a val/.
 """
 
 from __future__ import annotations
@@ -37,9 +37,11 @@ def follow_names(config: Config) -> Config:
 
 def keep(asked: Config, config: Config, saved: Mapping[str, Any]) -> Config:
     """``config`` with what the begun run has settled where ``asked`` says auto; ``saved``: its checkpoint."""
-    typed = flatten(asked.model_dump())
-    begun = flatten(saved.get("config") or {})
-    return _with(config, {key: begun[key] for key in KEPT if typed.get(key) == "auto" and begun.get(key) is not None})
+    typed, begun = flatten(asked.model_dump()), flatten(saved["config"])
+    kept = {key: begun[key] for key in KEPT if typed.get(key) == "auto" and begun.get(key) not in (None, "auto")}
+    if config.train.steps is None and "schedule.warmup_epochs" in kept:  # the run may have been made shorter, too
+        kept["schedule.warmup_epochs"] = min(kept["schedule.warmup_epochs"], config.train.epochs)
+    return _with(config, kept)
 
 
 def follow(config: Config, *, classes: int | None = None, images: int | None = None, gpu: bool | None = None) -> Config:
@@ -56,8 +58,11 @@ def follow(config: Config, *, classes: int | None = None, images: int | None = N
         values["model.num_classes"] = classes
     if train.compile == "auto" and gpu is not None:
         values["train.compile"] = gpu
-    if schedule.warmup_epochs == "auto":
-        values["schedule.warmup_epochs"] = min(WARMUP_EPOCHS, round(WARMUP_SHARE * train.epochs, 6))
+    epochs: float | None = train.epochs if train.steps is None else None
+    if images is not None and train.steps is not None:
+        epochs = train.steps / max(1, images // min(train.global_batch, images))
+    if schedule.warmup_epochs == "auto" and epochs is not None:
+        values["schedule.warmup_epochs"] = min(WARMUP_EPOCHS, round(WARMUP_SHARE * epochs, 6))
     if images is not None:
         batch = min(train.global_batch, images)
         values["train.global_batch"] = batch

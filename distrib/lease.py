@@ -28,11 +28,6 @@ DEAD_SECONDS = 30.0  # without a beat: six missed ones, or a disk that was away 
 NAME = "writer.json"
 
 
-def is_lease_file(name: str) -> bool:
-    """Whether a file of this name in a run folder says who writes there."""
-    return name == NAME or name.startswith(f".{NAME}.")
-
-
 class LeaseLost(Failure):
     """Another process has taken the folder over; nothing more is written to it."""
 

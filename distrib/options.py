@@ -44,9 +44,10 @@ class Parser(argparse.ArgumentParser):
 
     def parse_words(self, argv: Sequence[str]) -> argparse.Namespace:
         """Options and ``key=value`` words in any order; ``--help`` is answered here, and ends the program."""
-        asked = next((k for k, word in enumerate(argv) if word in ("-h", "--help")), None)
+        asked = next((k for k, word in enumerate(argv) if word.partition("=")[0] in ("-h", "--help")), None)
         if asked is not None:
-            part = argv[asked + 1] if asked + 1 < len(argv) else None
+            follows = argv[asked + 1] if asked + 1 < len(argv) and re.fullmatch(r"[\w.]+", argv[asked + 1]) else None
+            part = argv[asked].partition("=")[2] or follows
             settings = "\n\n".join(map(settings_help, [part] if part else self._parts))
             print(settings if part else f"{self.format_help()}\nsettings:\n\n{settings}")
             sys.exit(0)

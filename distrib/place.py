@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import re
 import zlib
 from collections.abc import Mapping, MutableMapping
@@ -38,6 +40,20 @@ def find_place(environ: Mapping[str, str]) -> Place:
         if place is not None:
             return place
     return Place()
+
+
+def find_job(environ: Mapping[str, str]) -> str | None:
+    """What a start and its restarts have in common, and no other start: torchrun's, or Slurm's after a requeue.
+
+    None for a process that nothing starts again.
+    """
+    if "SLURM_JOB_ID" in environ:  # first: a requeued job has another torchrun, but the same number
+        return f"Slurm job {environ['SLURM_JOB_ID']}, step {environ.get('SLURM_STEP_ID', 'batch')}"
+    if environ.get("TORCHELASTIC_RUN_ID", "none") != "none":
+        return f"torchrun {environ['TORCHELASTIC_RUN_ID']}"
+    if "TORCHELASTIC_RUN_ID" in environ:  # torchrun without a name of its own: its process stays when a worker dies
+        return f"torchrun, process {os.getppid()} of {platform.node()}"
+    return None
 
 
 def publish(place: Place, environ: MutableMapping[str, str]) -> None:

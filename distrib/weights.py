@@ -26,11 +26,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from distrib.cli import ROOT
 from distrib.config import ModelConfig, UserError
 from distrib.layout.folders import patiently, reason, shown
 from distrib.models import build_model
 from distrib.models.resnet import ARCHITECTURES
+from distrib.root import ROOT
 
 # Where the state dict lies in a file, the better first: ours ("ema" in older files) and those of torchvision's and
 # timm's training scripts.
@@ -229,7 +229,18 @@ def fit(network: nn.Module, weights: Weights, cfg: ModelConfig, classes: Sequenc
             f"{_way_out(weights, cfg)}"
         )
     network.load_state_dict({key: state.get(key, tensor) for key, tensor in own.items()})
-    return f"weights: {weights.source}" + (f"; the head is new: {renewed}" if renewed else "")
+    if renewed:
+        return f"weights: {weights.source}; the head is new: {renewed}"
+    kept = f"; the head is theirs, of {len(own[HEAD[0]])} classes too, whose names the file does not tell"
+    return f"weights: {weights.source}" + (kept if classes is not None and weights.classes is None else "")
+
+
+def checksum(network: nn.Module) -> str:
+    """A CRC-32 of all parameters and buffers, in their order."""
+    found = 0
+    for tensor in network.state_dict().values():
+        found = zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes(), found)
+    return f"{found:08x}"
 
 
 def _why_new_head(own: Mapping[str, Tensor], weights: Weights, classes: Sequence[str] | None) -> str | None:

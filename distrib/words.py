@@ -19,12 +19,13 @@ SHOW_TOP5 = 6  # classes from which five guesses say something
 def resolved(
     asked: Config, config: Config, runtime: Runtime, plan: TrainPlan, precision: str, lr: float, network: nn.Module
 ) -> list[str]:
-    """What follows from the configuration ``asked``, in two or three lines; ``precision``: the effective one."""
+    """What follows from the configuration ``asked``, in three or four lines; ``precision``: the effective one."""
     parameters = sum(p.numel() for p in network.parameters())
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     train, data = config.train, config.data
     followed = told(asked, config)
     return [
+        f"run folder: {config.run.dir}",
         f"{config.model.name}, {parameters / 1e6:.2f} M parameters"
         + (f", {trained / 1e6:.2f} M of them trained" if trained < parameters else "")
         + f"; {runtime.world} × {runtime.device.type}, {precision}"
@@ -42,8 +43,8 @@ def resolved(
 def lengthened(total_steps: int, lr: float, newest: Path) -> str:
     """For a run that had come to its end and now gets more steps, which begin at the learning rate ``lr``."""
     return (
-        f"it had ended there; the schedule is stretched over all {total_steps} steps and goes on at a learning rate of "
-        f"{lr:.3g}. A new schedule: --init-from {newest} under another run.name"
+        f"it had ended there and goes on with the schedule of a run of {total_steps} steps, at a learning rate of "
+        f"{lr:.3g}. For a schedule from its beginning: --init-from {newest} under another run.name"
     )
 
 

@@ -130,7 +130,7 @@ def test_frozen_stages_stay_to_the_bit(world: int, tmp_path: Path) -> None:
             for now in (outcome.after, outcome.saved["model"]):  # the second: with the ranks' mean of the statistics
                 assert torch.equal(now[key], tensor) == frozen, key
             if tensor.is_floating_point():
-                for now in (outcome.average, outcome.saved["ema" if "ema" in outcome.saved else "model_ema"]):
+                for now in (outcome.average, outcome.saved["model_ema"]):
                     assert torch.equal(now[key], tensor) == frozen, key
 
 
@@ -263,7 +263,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(procs: int, weights: Pa
     assert_same(folder, reference, procs)
 
     saved = torch.load(runs.newest_checkpoint(folder), weights_only=True)
-    average = saved["ema" if "ema" in saved else "model_ema"]
+    average = saved["model_ema"]
     for key, tensor in begun.items():
         if not key.startswith("fc."):
             frozen = key.startswith(FROZEN)

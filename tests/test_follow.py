@@ -113,7 +113,15 @@ def test_a_begun_run_keeps_what_followed_from_its_length(tmp_path: Path) -> None
     written = load(tmp_path, "ema.decay=0.5", "train.epochs=40", "schedule.warmup_epochs=2")
     config = keep(written, follow(written, classes=4, images=2048), saved)
     assert (config.schedule.warmup_epochs, config.ema.decay if config.ema else None) == (2, 0.5)
-    assert keep(longer, longer, {}) == longer  # a checkpoint from before there was any of it
+    assert keep(longer, longer, {"config": {}}) == longer  # a checkpoint from before there was any of it
+    shorter = load(tmp_path, "ema=true", "train.epochs=0.5")
+    assert keep(shorter, follow(shorter, classes=4, images=2048), saved).schedule.warmup_epochs == 0.5
+
+
+def test_warm_up_of_a_run_cut_by_steps() -> None:
+    config = Config.model_validate({"train": {"steps": 1000}})
+    assert follow(config).schedule.warmup_epochs == "auto"  # how long an epoch is, the data tells
+    assert follow(config, images=1_281_167).schedule.warmup_epochs == pytest.approx(0.1 * 1000 / 1251, abs=1e-6)
 
 
 def test_what_was_settled_is_told(tmp_path: Path) -> None:

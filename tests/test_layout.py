@@ -19,7 +19,7 @@ from distrib.config import DataConfig, UserError
 from distrib.data import index as index_module
 from distrib.data import open_data
 from distrib.data.index import Index, open_index
-from distrib.layout import SAMPLE, cache_dir, count_images, data_root, find_splits, folders, look
+from distrib.layout import SAMPLE, cache_dir, count_classes, count_images, data_root, find_splits, folders, look
 from distrib.layout.splits import Split
 
 CLASSES = ("ant", "bee", "cow")
@@ -85,7 +85,7 @@ def test_missing_val(root: Path) -> None:
     for name in CLASSES:  # ImageNet has a val/ of its own: without it something is amiss
         (root / "train" / name).rename(root / "train" / f"n0000000{CLASSES.index(name)}")
     refused(config(root), f"no data at {root / 'val'}", "data.val_split=0.1 would validate on a part of")
-    assert look(config(root, val_split=0.1)) == 3
+    assert count_classes(config(root, val_split=0.1)) == 3
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

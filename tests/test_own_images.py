@@ -114,7 +114,7 @@ def test_what_it_leaves(first: Path) -> None:
     assert (summary["status"], summary["step"]) == ("finished", 30)
     assert saved["progress"]["step"] == summary["best"]["step"]
     epochs = {path.name for path in (first / "checkpoints").glob("step_*.pt")}
-    assert {f"step_{step:08d}.pt" for step in (20, 25, 30)} <= epochs  # one an epoch, of which the last are kept
+    assert {f"step_{step:08d}.pt" for step in (20, 30)} <= epochs  # at ends of epochs, ten steps apart at least
     settled = json.loads(json.dumps(runs_config(first)))
     assert settled["model"]["num_classes"] == 4
     assert settled["schedule"]["warmup_epochs"] == 0.6
@@ -136,6 +136,7 @@ def test_fine_tuning_on_other_classes_survives_kill_9_to_the_bit(first: Path, sh
     process = begin(shelf, *words, "run.name=killed")
     until_step(run, 12, process)
     runs.kill_group(process)
+    assert not (run / "summary.json").exists()  # it was on its way
     moved = first.rename(first.with_name("away"))  # the weights that it began with are not needed again
     try:
         assert "continuing runs/killed/checkpoints" in train(shelf, *words, "run.name=killed")
@@ -154,7 +155,7 @@ def test_more_epochs_after_the_end(first: Path, shelf: Path) -> None:
     printed = train(shelf, kinds(FIRST), "train.epochs=7")
     assert "step 30 of 35" in printed
     assert re.search(
-        r"it had ended there; the schedule is stretched over all 35 steps and goes on at .* 0\.000", printed
+        r"it had ended there and goes on with the schedule of a run of 35 steps, at a learning rate of 0\.000", printed
     )
     assert runs_config(first)["schedule"]["warmup_epochs"] == 0.6  # of six epochs, as it was begun
 
@@ -198,3 +199,42 @@ def test_from_another_working_directory(first: Path, shelf: Path, tmp_path: Path
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "resnet20-pets" / "summary.json").exists()
+
+
+def test_other_first_weights_are_another_run(first: Path, shelf: Path) -> None:
+    words = [kinds(SECOND), "train.steps=2"]
+    train(shelf, *words, "--init-from", str(first))
+    assert (shelf / "runs" / "resnet20-pets-finetuned").is_dir()
+    other = first / "checkpoints" / "last.pt"
+    printed = train(shelf, *words, "--init-from", str(other), code=2)
+    assert printed.splitlines()[-1].startswith(f"error: model.weights is {other}, but runs/resnet20-pets-finetuned")
+    assert "--fresh" in printed
+    assert "finished already" in train(shelf, *words, "--init-from", str(first))
+
+
+def test_a_folder_of_classes_is_no_place_for_runs(shelf: Path) -> None:
+    command = [sys.executable, *OWN, "--data", ".", *SMALL]
+    done = subprocess.run(command, cwd=shelf / "pets", env=environ(), capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "lies among the class folders" in done.stderr
+    assert not (shelf / "pets" / "runs").exists()
+
+
+def test_fresh_on_a_full_disk_moves_nothing(first: Path, small_disk: Path, shelf: Path) -> None:
+    run = small_disk / "run"
+    run.mkdir()
+    (run / "summary.json").write_text("{}")
+    printed = train(shelf, kinds(FIRST), f"run.dir={run}", "--fresh", code=2)
+    assert "cannot write checkpoints to" in printed
+    assert [path.name for path in small_disk.iterdir()] == ["run"]
+    assert (run / "summary.json").read_text() == "{}"
+
+
+def test_fresh_moves_only_what_a_run_wrote(first: Path, shelf: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "other").mkdir()
+    for _ in range(2):
+        train(shelf, kinds(FIRST), f"run.dir={tmp_path}", "train.steps=1", "--fresh")
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    (aside,) = tmp_path.parent.glob(f"{tmp_path.name}.20*")
+    assert {path.name for path in aside.iterdir()} == {"checkpoints", "config.yaml", "metrics.jsonl", "summary.json"}

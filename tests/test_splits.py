@@ -10,7 +10,7 @@ import pytest
 from distrib.config import DataConfig, UserError
 from distrib.data import open_data
 from distrib.data.index import Index
-from distrib.layout import count_images, find_splits, look
+from distrib.layout import count_classes, count_images, find_splits, look
 from distrib.layout.splits import Split
 
 COUNTS = {"ant": 10, "bee": 21, "cow": 2, "dog": 100}
@@ -108,7 +108,7 @@ def test_chosen_classes(root: Path) -> None:
     assert counts(train) == {"ant": 9, "dog": 90}
     whole, _ = opened(root)
     assert names(train) == {name for name in names(whole) if name.split("/")[0] in ("ant", "dog")}
-    assert look(DataConfig(root=str(root), classes=("dog", "ant"))) == 2
+    assert count_classes(DataConfig(root=str(root), classes=("dog", "ant"))) == 2
 
 
 @pytest.mark.parametrize(
@@ -182,3 +182,19 @@ def test_folders_that_hold_no_pictures_are_no_classes(tmp_path: Path) -> None:
     (tmp_path / "ILSVRC" / "Data").mkdir(parents=True)
     with pytest.raises(UserError, match="no data at"):
         find_splits(DataConfig(root=str(tmp_path)))
+
+
+def test_class_folders_called_as_splits_are(tmp_path: Path) -> None:
+    """``valid`` and ``test`` are folders of splits only where they hold folders."""
+    root = fill(tmp_path / "words", {"invalid": 4, "valid": 4, "Test": 4, "training": 4})
+    assert opened(root)[0].classes == ["Test", "invalid", "training", "valid"]
+    (root / "val").touch()  # whatever bears the name itself is meant
+    with pytest.raises(UserError, match="no data at"):
+        find_splits(DataConfig(root=str(root)))
+
+
+def test_the_exact_name_comes_first(tmp_path: Path) -> None:
+    for name in ("Train", "train", "Val", "val"):
+        fill(tmp_path / "d" / name, {name: 3, "other": 3})
+    train, val = find_splits(DataConfig(root=str(tmp_path / "d")))
+    assert (train.source.name, val.source.name) == ("train", "val")

@@ -19,6 +19,8 @@ from distrib.root import ROOT
 
 SPLITS = ("train", "val")
 
+SYNTHETIC_CLASSES = 1000  # ImageNet's
+
 SAMPLE = "sample:fashion-mnist"  # what data.root says for the built-in sample
 SAMPLE_IMAGES = {"train": 8_000, "val": 2_000}
 SAMPLE_COUNTS = {  # of each class, so that parts of it are counted before it is unpacked
@@ -97,7 +99,7 @@ def find_splits(cfg: DataConfig) -> tuple[Split, Split]:
         share = HELD_OUT if val is None else None
         if val is None and all(WNID.fullmatch(name) for name in class_folders(train)):
             raise UserError(
-                f"{_missing(root / 'val')}; data.val_split={HELD_OUT:g} would validate on a part of {shown(train)}"
+                f"data.val_split={HELD_OUT:g} would validate on a part of {shown(train)}; {_missing(root / 'val')}"
             )
     if share is not None:
         val = train
@@ -131,24 +133,36 @@ def find_split(cfg: DataConfig, name: Literal["train", "val"], whole: bool) -> S
     return Split(name, source, cfg.classes)
 
 
-def look(cfg: DataConfig, classes: int | Auto = "auto") -> int | None:
+def look(cfg: DataConfig, classes: int | Auto = "auto") -> None:
     """Finds what is wrong with the data before anything is listed, from the two splits' own folders alone.
-
-    Returns:
-        How many classes there are; None for synthetic data.
 
     Raises:
         UserError: the data is not there or does not fit together, ``classes`` is not what it holds, or there is neither
             an index nor a place to write one.
     """
+    count_classes(cfg, classes)
     if cfg.loader == "synthetic":
-        return None
+        return
+    root = data_root(cfg).absolute()
+    if cfg.root == SAMPLE and not root.exists():
+        check_writable(root.parent, "set XDG_CACHE_HOME")
+    base = index_base(cfg.index_dir)
+    if not all(any(base.glob(f"{split}-*")) for split in SPLITS):  # a read-only one serves, too
+        check_writable(base, "set data.index_dir")
+
+
+def count_classes(cfg: DataConfig, classes: int | Auto = "auto") -> int:
+    """How many classes there are, which the folders alone tell; nothing is written.
+
+    Raises:
+        UserError: the data is not there or does not fit together, or ``classes`` is not what it holds.
+    """
+    if cfg.loader == "synthetic":
+        return SYNTHETIC_CLASSES if classes == "auto" else classes
     root = data_root(cfg).absolute()
     train, val = find_splits(cfg)
     if cfg.root == SAMPLE:
-        found = len(cfg.classes or SAMPLE_CLASSES)
-        if not root.exists():
-            check_writable(root.parent, "set XDG_CACHE_HOME")
+        found = len(set(cfg.classes or SAMPLE_CLASSES))
     else:
         names = class_names(train)
         if val.source != train.source:
@@ -159,9 +173,6 @@ def look(cfg: DataConfig, classes: int | Auto = "auto") -> int | None:
             f"model.num_classes is {classes}, but {shown(root)} has {found} class folders: set "
             f"model.num_classes={found}, or leave it out: it follows"
         )
-    base = index_base(cfg.index_dir)
-    if not all(any(base.glob(f"{split}-*")) for split in SPLITS):  # a read-only one serves, too
-        check_writable(base, "set data.index_dir")
     return found
 
 
@@ -176,7 +187,8 @@ def count_images(cfg: DataConfig, split: str, limit: int) -> int:
     chosen = find_splits(cfg)[SPLITS.index(split)]
     if cfg.root == SAMPLE:
         each = dict(zip(SAMPLE_CLASSES, SAMPLE_COUNTS[chosen.source.name], strict=True))
-        return min(limit, sum(chosen.count(each[name], name.encode()) for name in chosen.classes or SAMPLE_CLASSES))
+        names = set(chosen.classes or SAMPLE_CLASSES)
+        return min(limit, sum(chosen.count(each[name], name.encode()) for name in names))
     count = 0
     for name in class_names(chosen):
         pictures = 0
@@ -280,12 +292,8 @@ def _missing(source: Path) -> str:
     root, split = source.parent, source.name
     hint = ""
     with contextlib.suppress(OSError):
-        names = sorted(os.listdir(root))
-        other = next((name for name in names if name.lower() in FOLDERS[split]), None)
         if (root / "ILSVRC" / "Data" / "CLS-LOC").is_dir():
             hint = f"; there is ILSVRC/Data/CLS-LOC: set data.root={shown(root / 'ILSVRC' / 'Data' / 'CLS-LOC')}"
-        elif other:
-            hint = f"; there is {shown(other)}: rename it to {split}"
         elif root.name.lower() in FOLDERS[split]:
             hint = f"; did you mean the folder above, data.root={shown(root.parent)}?"
     return (

@@ -56,9 +56,11 @@ class Split:
         Raises:
             UserError: the class ``name`` has too few to be divided.
         """
+        if not pictures:
+            return 0
         held = 0 if self.held_out is None else max(1, round(self.held_out * pictures))
         left = pictures - held
-        if left < 1 <= pictures:
+        if left < 1:
             raise UserError(
                 f"data.val_split {self.held_out:g} leaves nothing to train on in "
                 f"{shown(self.source / os.fsdecode(name))} ({pictures} {'picture' if pictures == 1 else 'pictures'}): "
@@ -117,11 +119,21 @@ def check_classes(wanted: Sequence[str], names: Sequence[bytes], source: Path) -
 
 
 def _named(root: Path) -> dict[str, Path | None]:
+    """train/ and val/ whatever they are; folders of other names where they hold folders, as a class folder does not."""
     try:
-        names = {name.lower(): name for name in sorted(patiently(os.listdir, root), reverse=True)}
+        names = sorted(patiently(os.listdir, root))
     except FileNotFoundError:
-        names = {}
-    return {split: next((root / names[n] for n in FOLDERS[split] if n in names), None) for split in FOLDERS}
+        names = []
+    found: dict[str, Path | None] = {}
+    for split, known in FOLDERS.items():
+        others = (name for usual in known for name in names if name.lower() == usual and _holds_folders(root / name))
+        name = split if split in names else next(others, None)
+        found[split] = root / name if name is not None else None
+    return found
+
+
+def _holds_folders(folder: Path) -> bool:
+    return folder.is_dir() and bool(patiently(scan, os.fsencode(folder))[0])
 
 
 def _holds_classes(root: Path) -> bool:
