@@ -6,13 +6,14 @@ This file is the table of contents: `build` makes each part in order, `Run.loop`
 
 import sys
 
-from distrib.entry import Start, read_start
 from distrib.faults import FAILED, FINISHED, STOPPED, USER_ERROR, Failure, Interrupted, StopSignals, report_exit
+
+STOP = StopSignals()  # first of all: a request to stop must not kill the run while it imports, which takes seconds
+
+from distrib.entry import Start, read_start
 from distrib.surroundings import same_command, settle
 
-# Before torch, whose import takes seconds: a request to stop must not kill the run there, torch reads the environment,
-# and --help, --print-config and mistakes need none of it.
-STOP = StopSignals()
+# Before torch, which reads the environment, and which --help, --print-config and mistakes do not need.
 settle()
 START = read_start(sys.argv[1:]) if __name__ == "__main__" else None
 

@@ -83,7 +83,17 @@ def files(root: Path, split: str = "train") -> list[Path]:
 
 
 def config(root: Path | str, **other: object) -> DataConfig:
-    return DataConfig(**{"root": str(root), "workers": 2, "eval_batch": 24, "prefetch": 2, **other})
+    return DataConfig(
+        **{
+            "root": str(root),
+            "eval_resize": 256,
+            "eval_size": 224,
+            "workers": 2,
+            "eval_batch": 24,
+            "prefetch": 2,
+            **other,
+        }
+    )
 
 
 class Opened:

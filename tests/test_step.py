@@ -20,7 +20,7 @@ from torch.nn import functional
 from distrib.config import EmaConfig, OptimConfig, TrainConfig
 from distrib.data import Batch, TrainPlan
 from distrib.engine.prepare import Objective, effective_precision, warm_up, wrap
-from distrib.engine.state import TrainState
+from distrib.engine.state import SAVED_AS, TrainState
 from distrib.engine.step import TrainStep
 from distrib.metrics import TrainMeter
 from distrib.models.resnet import Architecture, BasicBlock, ResNet
@@ -502,8 +502,8 @@ def test_ranks_share_weights_and_not_statistics(ranks: list[dict[str, Any]], whe
 def test_readers_get_the_mean_of_the_statistics(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert_equal(rank["weights"], ranks[0]["weights"])
-        for which in ("model", "ema"):
-            assert_equal(rank["captured"][which], rank["weights"][which])
+        for which, saved in SAVED_AS.items():
+            assert_equal(rank["captured"][saved], rank["weights"][which])
             for key, value in rank["weights"][which].items():
                 mean = sum(r["own"][which][key] for r in ranks) / len(ranks)
                 if is_statistic(key):
@@ -515,7 +515,7 @@ def test_readers_get_the_mean_of_the_statistics(ranks: list[dict[str, Any]]) -> 
 def test_a_capture_is_the_same_on_all_ranks(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert len(rank["captured"]["statistics"]) == len(ranks)
-        for part in ("model", "ema", "statistics"):
+        for part in ("model", "model_ema", "statistics"):
             assert_equal(rank["captured"][part], ranks[0]["captured"][part])
 
 
@@ -527,13 +527,13 @@ def test_as_many_ranks_continue_to_the_bit(ranks: list[dict[str, Any]]) -> None:
 
 def test_another_number_of_ranks_continues_with_the_mean(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
-        for which in ("model", "ema"):
-            assert_equal(rank["from another world"][which], rank["captured"][which])
+        for which, saved in SAVED_AS.items():
+            assert_equal(rank["from another world"][which], rank["captured"][saved])
         assert_equal(rank["from another world"]["moments"], rank["own"]["moments"])
     alone = small_run(ALONE)
     alone.state.restore(ranks[0]["captured"])
     assert_equal(own(alone)["model"], ranks[0]["captured"]["model"])
-    assert_equal(own(alone)["ema"], ranks[0]["captured"]["ema"])
+    assert_equal(own(alone)["ema"], ranks[0]["captured"]["model_ema"])
 
 
 # The state of one process

@@ -140,7 +140,7 @@ def test_the_same_step_saved_by_two_writers_is_never_a_mixture(tmp_path: Path) -
     ("size", "filled", "part"),
     [
         ("256k", True, "No space left on device"),
-        ("1m", False, "has room for 1 MB, and one checkpoint takes about 3 MB"),
+        ("1m", False, "has room for 1 MB, and one checkpoint takes about 4 MB"),
     ],
 )
 def test_a_full_disk_at_the_start_is_told(tmp_path: Path, size: str, filled: bool, part: str) -> None:
