@@ -89,10 +89,9 @@ class Parser(argparse.ArgumentParser):
         if options:
             return f"{flag} is no option; did you mean {options[0]}?"
         meant = nearest(key)
-        if meant is None:
+        kind = find_kind(meant) if meant else None
+        if meant is None or kind is None or kind.part:
             return f"{flag} is no option; settings are written key=value, `--help` shows them"
-        kind = find_kind(meant)
-        assert kind is not None
         remark = f" ({REMARKS[meant]})" if meant in REMARKS else ""
         return f"{flag} is no option; write {show(meant, kind.default if value is None else value)}{remark}"
 
