@@ -57,6 +57,8 @@ from distrib.optim import Ema, build_optimizer, build_schedule, freeze, peak_lr
 from distrib.runtime import Runtime, leave, start
 from distrib.weights import checksum, load_weights
 
+Found = tuple[Path, dict[str, Any]]  # a checkpoint's file and what it holds
+
 SAVE_STEPS = 10  # between saves at the ends of epochs: with a batch as large as the data each step is one
 
 
@@ -331,12 +333,12 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
     fresh = asked.fresh and not runtime.on_main(lambda: folder.is_begun_by(asked.job))
     if asked.fresh and not fresh:
         log.message(f"--fresh: {asked.job} began this run already, so it goes on")
-    newest, saved = (None, None) if fresh else find_checkpoint(runtime, folder, asked.must_resume, log)
-    if saved is not None:
-        config = keep(asked.config, config, saved)
-    progress = find_progress(newest, saved, config, data, total_steps, log)
+    found = None if fresh else find_checkpoint(runtime, folder, asked.must_resume, log)
+    if found is not None:
+        config = keep(asked.config, config, found[1])
+    progress = find_progress(found, config, data, total_steps, log)
     first_weights = ""  # a run that continues needs them no more
-    if saved is None and config.model.weights is not None:
+    if found is None and config.model.weights is not None:
         first_weights = runtime.main_first(lambda: load_weights(network, config.model, names, say))
         runtime.check_same(checksum(network), f"begins with other weights than rank 0: {first_weights}")
     state_bytes = (3 if config.ema else 2) * sum(4 * p.numel() for p in network.parameters())  # momentum, EMA
@@ -383,11 +385,12 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
     ema = Ema(network, config.ema) if config.ema else None
     state = TrainState(network, optimizer, scaler, ema, runtime)
     schedule = build_schedule(config.schedule, lr, plan.steps_per_epoch, total_steps)
-    if saved:
+    if found is not None:
+        newest, saved = found
         state.restore(saved)
         log.message(f"continuing {newest}: step {progress.step} of {total_steps}")
         before = saved["config"]["train"]
-        if newest and progress.step == plan.length(before["epochs"], before["steps"]) < total_steps:
+        if progress.step == plan.length(before["epochs"], before["steps"]) < total_steps:
             log.message(words.lengthened(total_steps, schedule(progress.step), newest))
     batch, clip = plan.global_batch, config.train.clip_grad_norm
     step = TrainStep(call, ddp, optimizer, scaler, ema, world=runtime.world, global_batch=batch, clip_grad_norm=clip)
@@ -412,32 +415,29 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
     )
 
 
-def find_checkpoint(
-    runtime: Runtime, folder: RunFolder, needed: bool, log: Log
-) -> tuple[Path | None, dict[str, Any] | None]:
-    """The newest valid checkpoint and what it holds; None and None where there is none.
+def find_checkpoint(runtime: Runtime, folder: RunFolder, needed: bool, log: Log) -> Found | None:
+    """The newest valid checkpoint and what it holds.
 
     Raises:
-        UserError: it cannot be read, or there is none and one is ``needed``.
+        UserError: it cannot be read or is none of this trainer's, or there is none and one is ``needed``.
     """
     newest = runtime.on_main(lambda: checkpoint.newest_valid(folder.checkpoints, log.warning))
     if newest is not None:
         return newest, runtime.on_each(lambda: check_checkpoint(checkpoint.load(newest), newest))
     if needed:
         raise UserError(f"--resume must: {folder.checkpoints} holds no checkpoint: see run.dir and run.name")
-    return None, None
+    return None
 
 
-def find_progress(
-    newest: Path | None, saved: dict[str, Any] | None, config: Config, data: str, total_steps: int, log: Log
-) -> Progress:
+def find_progress(found: Found | None, config: Config, data: str, total_steps: int, log: Log) -> Progress:
     """Where the run is.
 
     Raises:
         UserError: the checkpoint is another run's, or has more steps than are asked for.
     """
-    if newest is None or saved is None:
+    if found is None:
         return Progress()
+    newest, saved = found
     check_resumable(saved, config, data, newest, log.message)
     progress = Progress(**saved["progress"])
     if progress.step > total_steps:
