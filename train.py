@@ -185,7 +185,7 @@ class Run:
             return False
         progress.evaluated, progress.result, self.unsaved = progress.step, result, True
         top1 = result.get("ema_top1", result["top1"])
-        if top1 > progress.best_top1:
+        if top1 > progress.best_top1 and math.isfinite(result["loss"]):
             progress.best_step, progress.best_top1 = progress.step, top1
         epoch = progress.step / self.plan.steps_per_epoch
         best = {"best_step": progress.best_step, "best_top1": progress.best_top1}
@@ -265,12 +265,13 @@ class Run:
     def finished(self) -> str:
         """The last words of a run that has come to its end."""
         progress, checkpoints = self.progress, self.folder.checkpoints
-        assert progress.best_step is not None
+        classes = settled(self.config.model.num_classes)
+        if progress.best_step is None:  # no evaluation whose loss was a number
+            return words.finished(progress.result, progress.step, classes, None, self.folder.path, not self.unsaved)
         file, link = checkpoint.path_for(checkpoints, progress.best_step), checkpoints / checkpoint.BEST
         if link.resolve() == file.resolve():
             file = link
         best = progress.best_step, progress.best_top1, file
-        classes = settled(self.config.model.num_classes)
         return words.finished(progress.result, progress.step, classes, best, self.folder.path, not self.unsaved)
 
     def summary(self, status: str, images_per_second: float) -> dict[str, object]:
@@ -390,6 +391,8 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
         state.restore(saved)
         log.message(f"continuing {newest}: step {progress.step} of {total_steps}")
         before = saved["config"]["train"]
+        if not progress.finite:
+            log.warning(f"the loss was no number any more when {newest.name} was saved; {words.REMEDY}")
         if progress.step == plan.length(before["epochs"], before["steps"]) < total_steps:
             log.message(words.lengthened(total_steps, schedule(progress.step), newest))
     batch, clip = plan.global_batch, config.train.clip_grad_norm

@@ -113,13 +113,19 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> None:
 
 def _find(path: Path) -> Path:
     """``path`` as it stands in the working directory, else beside the code."""
-    beside = ROOT / path
     if os.path.lexists(path) or path.is_absolute() or "\0" in str(path):
         return path
-    if not os.path.lexists(beside):
+    beside = _beside_code(path)
+    if beside is None:
         where = f"{ROOT} has it not" if Path.cwd() == ROOT else f"neither {Path.cwd()} nor {ROOT} has it"
         raise UserError(f"cannot read configuration {path}: {where}")
     return beside
+
+
+def _beside_code(path: Path) -> Path | None:
+    """The configuration that the code brings along: own_images means configs/own_images.yaml."""
+    names = (path, Path("configs", path), Path("configs", f"{path}.yaml"))
+    return next((ROOT / name for name in names if (ROOT / name).is_file()), None)
 
 
 def _read_file(path: Path, seen: tuple[Path, ...]) -> _Source:
@@ -143,7 +149,10 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> _Source:
         raise UserError(f"extends: takes one file name, got {base!r}{_place('extends', where)}")
     if path.resolve() in [p.resolve() for p in seen]:
         raise UserError(f"{path}: extends itself, by way of {seen[-1]}")
-    source = _read_file(path.parent / base, (*seen, path))
+    extended = path.parent / base
+    if not os.path.lexists(extended):
+        extended = _beside_code(Path(base)) or extended
+    source = _read_file(extended, (*seen, path))
     source.update(_Source(values, where))
     return source
 

@@ -172,6 +172,10 @@ class DataConfig(Part):
             raise ValueError(f"data.ratio {list(self.ratio)} is not 0 < low <= high")
         if min(self.std) <= 0:
             raise ValueError(f"data.std {list(self.std)} must be positive")
+        if max(self.std) <= 1:  # as torchvision and timm write it
+            raise ValueError(
+                f"data.std {list(self.std)} is on a scale of 0 to 1; here, as in data.mean, it is 0 to 255"
+            )
         return self
 
 
@@ -212,11 +216,11 @@ class OptimConfig(Part):
     scaling: Literal["linear", "sqrt", "none"] = "linear"
     """How optim.lr follows train.global_batch where that is not optim.reference_batch."""
     head_lr: PositiveFloat = 1.0
-    """Factor on the learning rate of the last layer (fc)."""
+    """Factor by which the last layer (fc) learns faster than optim.lr."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Factor on the learning rate from each block to the one before it; the last layer has 1."""
     freeze: Text | None = None
-    """Train only what comes behind this stage: conv1, layer1 … layer4; layer4 trains the last layer alone."""
+    """Train only what comes behind this stage: conv1, layer1 … layer4; backbone: the last layer (fc) alone."""
     momentum: Decay = 0.9
     """Momentum."""
     nesterov: bool = False

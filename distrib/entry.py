@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
 from distrib.cli import dump_config, load_config
 from distrib.config import Config, UserError
@@ -47,6 +48,8 @@ def read_start(argv: Sequence[str]) -> Start:
         if args.print_config:
             print_config(config)
             raise SystemExit(FINISHED)
+        if find_spec("torch") is None:
+            raise UserError(f"{sys.executable} has no torch: activate .venv (make setup makes it), or install distrib")
     except UserError as error:
         if place.rank == 0 or not error.everywhere:
             print(f"error: {error}", file=sys.stderr)

@@ -147,6 +147,8 @@ def check_resumable(
     old = flatten(Config().model_dump(mode="json")) | flatten(saved["config"])
     changed = {key: (old.get(key), new.get(key)) for key in sorted(old | new) if old.get(key) != new.get(key)}
     for key, (before, now) in changed.items():
+        if key == "model.num_classes" and saved["data"] != data:
+            continue  # it follows from the images, of which is told below
         if any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED):
             raise UserError(f"{key} is {now}, but {path} was trained with {before}: set it back, {WAYS_OUT}")
     before, now = changed.get("model.weights", (None, None))
@@ -158,7 +160,11 @@ def check_resumable(
             "renamed, or data.classes, data.fraction or data.val_split were changed): restore them, "
             f"{WAYS_OUT}"
         )
-    told = [f"{key} {before} → {now}" for key, (before, now) in changed.items() if not key.startswith(("run.", "log."))]
+    told = [
+        f"{key} {'null' if before is None else before} → {'null' if now is None else now}"
+        for key, (before, now) in changed.items()
+        if not key.startswith(("run.", "log."))
+    ]
     if told:
         notify(f"changed since {path.name}: {', '.join(told)}")
 

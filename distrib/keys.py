@@ -50,9 +50,14 @@ USUAL_NAMES = {
 # Options that other trainers have and that are no setting here.
 NO_SETTING = {
     **dict.fromkeys(("resume", "auto_resume", "start_epoch"), "the same command continues the run by itself"),
-    **dict.fromkeys(("gpus", "nproc_per_node", "nnodes", "node_rank"), "it is torchrun's and stands before train.py"),
+    **dict.fromkeys(
+        ("gpus", "nproc_per_node", "nnodes", "node_rank"),
+        "torchrun's options stand before train.py; launch has --procs",
+    ),
     "pretrained": "write model.weights=IMAGENET1K_V1 (configs/finetune.yaml has it)",
     "initial_checkpoint": "write model.weights=FILE, or --init-from FILE",
+    "log_wandb": "write wandb.mode=online",
+    "no_wandb": "write wandb.mode=disabled",
     **dict.fromkeys(("evaluate", "test_only"), "`distrib evaluate RUN` evaluates"),
     **dict.fromkeys(("amp", "channels_last"), "it is always so; train.precision chooses between bf16 and others"),
     **dict.fromkeys(("local_rank", "dist_url", "world_size"), "start several processes with torchrun"),

@@ -90,6 +90,8 @@ class Parser(argparse.ArgumentParser):
             return f"{flag} is no option; did you mean {options[0]}?"
         meant = nearest(key)
         kind = find_kind(meant) if meant else None
+        if kind is not None and kind.part and kind.optional:
+            return f"{flag} is no option; write {meant}=true"
         if meant is None or kind is None or kind.part:
             return f"{flag} is no option; settings are written key=value, `--help` shows them"
         remark = f" ({REMARKS[meant]})" if meant in REMARKS else ""
@@ -156,7 +158,9 @@ def settings_help(part: str | None = None, width: int | None = None) -> str:
     said = _comments()
     lines: list[str] = []
     for name in [part] if part else [*names, ""]:
-        if name:
+        if not name:
+            lines += ["", "others:"]
+        else:
             title = (find_kind(name).part.__doc__ or "").partition("\n")[0]  # type: ignore[union-attr]
             lines += ["", *textwrap.wrap(f"{name}: {title}", width)]
         for key in _keys(name):

@@ -228,6 +228,8 @@ def fit(network: nn.Module, weights: Weights, cfg: ModelConfig, classes: Sequenc
             f"the weights {weights.source} do not fit model.name {cfg.name}: {'; '.join(differences[:NAMED])}{more}: "
             f"{_way_out(weights, cfg)}"
         )
+    if spoilt := next((key for key, t in state.items() if t.is_floating_point() and not t.isfinite().all()), None):
+        raise UserError(f"the weights {weights.source} hold numbers that are none (NaN) in {spoilt}: take others")
     network.load_state_dict({key: state.get(key, tensor) for key, tensor in own.items()})
     if renewed:
         return f"weights: {weights.source}; the head is new: {renewed}"

@@ -13,13 +13,14 @@ from distrib.follow import told
 from distrib.runtime import Runtime
 
 REMEDY = "lower optim.lr or raise schedule.warmup_epochs, and start under another run.name or run.dir"
+FEW_STEPS = 3  # in an epoch; less is worth a word
 SHOW_TOP5 = 6  # classes from which five guesses say something
 
 
 def resolved(
     asked: Config, config: Config, runtime: Runtime, plan: TrainPlan, precision: str, lr: float, network: nn.Module
 ) -> list[str]:
-    """What follows from the configuration ``asked``, in three or four lines; ``precision``: the effective one."""
+    """What follows from the configuration ``asked``, in a few lines; ``precision``: the effective one."""
     parameters = sum(p.numel() for p in network.parameters())
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     train, data = config.train, config.data
@@ -36,8 +37,22 @@ def resolved(
         f"{plan.largest_slice}; learning rate {lr:g}; {plan.steps_per_epoch} steps an epoch, "
         f"{plan.length(train.epochs, train.steps)} in all; crops of {data.size} px, evaluated at {data.eval_size} of "
         f"{data.eval_resize}",
-        *([f"settings that follow: {', '.join(followed)}"] if followed else []),
+        *([f"settled, where nothing was said: {', '.join(followed)}"] if followed else []),
+        *_doubts(config, plan),
     ]
+
+
+def _doubts(config: Config, plan: TrainPlan) -> list[str]:
+    """What is likely a mistake, though it can be trained."""
+    doubts = []
+    if config.model.num_classes == 1:
+        doubts.append("there is one class only: nothing is to be told apart")
+    if plan.steps_per_epoch < FEW_STEPS:
+        doubts.append(
+            f"an epoch has {plan.steps_per_epoch} steps only: a smaller train.global_batch learns more from it "
+            "(configs/own_images.yaml is made for small data)"
+        )
+    return doubts
 
 
 def lengthened(total_steps: int, lr: float, newest: Path) -> str:
@@ -54,13 +69,18 @@ def not_finite(loss: object, step: object) -> str:
 
 
 def finished(
-    result: Mapping[str, float], step: int, classes: int, best: tuple[int, float, Path], folder: Path, already: bool
+    result: Mapping[str, float],
+    step: int,
+    classes: int,
+    best: tuple[int, float, Path] | None,
+    folder: Path,
+    already: bool,
 ) -> str:
     """For a run that has come to its end.
 
     Args:
         result: of the last evaluation, in percent.
-        best: step, top-1 in percent, and file of the best evaluation.
+        best: step, top-1 in percent, and file of the best evaluation; None where there was none.
         already: whether it had come to its end before this start.
     """
     ema = f" (EMA {result['ema_top1']:.2f} %)" if "ema_top1" in result else ""
@@ -68,6 +88,6 @@ def finished(
     return (
         f"finished{' already' if already else ''}: top-1 {result['top1']:.2f} %{ema}{top5} on {result['images']:,} "
         f"images after {step} steps\n"
-        f"best: {'EMA ' if ema else ''}top-1 {best[1]:.2f} % at step {best[0]}, {best[2]}\n"
-        f"run folder: {folder}"
+        + (f"best: {'EMA ' if ema else ''}top-1 {best[1]:.2f} % at step {best[0]}, {best[2]}\n" if best else "")
+        + f"run folder: {folder}"
     )

@@ -525,7 +525,7 @@ def test_other_changes_are_told() -> None:
     assert note.startswith("changed since step_00000001.pt: ")
     for part in ("optim.lr 0.4 → 0.5", "train.epochs 90.0 → 100.0", "data.root ${IMAGENET_DIR} → /elsewhere"):
         assert part in note
-    assert "ema.decay None → 0.9" in note
+    assert "ema.decay null → 0.9" in note
 
 
 def test_the_folder_and_the_log_are_nobodys_business() -> None:

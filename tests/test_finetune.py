@@ -52,7 +52,7 @@ def test_a_stage_that_there_is_not() -> None:
     with pytest.raises(UserError) as raised:
         freeze(build("resnet20"), "layer4")
     assert str(raised.value) == (
-        "optim.freeze 'layer4' is no stage of the network; there are conv1, bn1, layer1, layer2, layer3"
+        "optim.freeze 'layer4' is no stage of the network; there are conv1, bn1, layer1, layer2, layer3, backbone"
     )
     net = build("resnet20")
     with pytest.raises(UserError) as raised:

@@ -76,7 +76,10 @@ def test_keys_behind_dashes(argv: list[str], overrides: list[str]) -> None:
         (["--fresh", "--resume", "must"], "--fresh starts anew and --resume must continues: leave one of them out"),
         (["--fresh=yes"], "argument --fresh: ignored explicit argument 'yes'"),
         (["--start-epoch", "3"], "--start-epoch is no option: the same command continues the run by itself"),
-        (["--nproc_per_node=2"], "--nproc_per_node is no option: it is torchrun's and stands before train.py"),
+        (
+            ["--nproc_per_node=2"],
+            "--nproc_per_node is no option: torchrun's options stand before train.py; launch has --procs",
+        ),
         (["--confg", "c.yaml"], "--confg is no option; did you mean --config?"),
         (["--print_config"], "--print_config is no option; did you mean --print-config?"),
         (["--zzz"], "--zzz is no option; settings are written key=value"),

@@ -296,6 +296,10 @@ def _missing(source: Path) -> str:
             hint = f"; there is ILSVRC/Data/CLS-LOC: set data.root={shown(root / 'ILSVRC' / 'Data' / 'CLS-LOC')}"
         elif root.name.lower() in FOLDERS[split]:
             hint = f"; did you mean the folder above, data.root={shown(root.parent)}?"
+        elif not root.exists():
+            hint = f"; there is no {shown(root)}"
+        elif pictures := patiently(scan, os.fsencode(root))[1]:
+            hint = f"; {len(pictures)} pictures lie flat in it ({shown(pictures[0])}): make a folder of each class"
     return (
         f"no data at {shown(source)}: {_LAYOUT}{hint} "
         "(set IMAGENET_DIR or data.root, or try the built-in sample: --config configs/quickstart.yaml)"

@@ -64,7 +64,7 @@ class Split:
             raise UserError(
                 f"data.val_split {self.held_out:g} leaves nothing to train on in "
                 f"{shown(self.source / os.fsdecode(name))} ({pictures} {'picture' if pictures == 1 else 'pictures'}): "
-                "add some, lower data.val_split, or leave the class out (data.classes)"
+                f"add some, {'lower data.val_split, ' if pictures > 1 else ''}or leave the class out (data.classes)"
             )
         return held if self.held_out is not None and self.name == "val" else max(1, round(self._fraction * left))
 

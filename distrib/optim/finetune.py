@@ -11,20 +11,26 @@ from torch import nn
 from distrib.config import UserError
 
 HEAD = "fc"
+BACKBONE = "backbone"  # all stages before the head, whatever the last of them is called
 
 
 def freeze(network: nn.Module, last: str) -> None:
     """Keeps everything up to and with stage ``last`` as it is: neither its parameters nor its statistics change.
 
-    Its norms are put into evaluation mode: they normalise with the statistics that came with the weights, as they
-    will when the network is used, and do not depend on the batch. No backward runs through what is frozen.
+    "backbone" is all but the last stage. Norms are put into evaluation mode: they normalise with the statistics that
+    came with the weights, as they will when the network is used, and do not depend on the batch. No backward runs
+    through what is frozen.
 
     Raises:
         UserError: there is no such stage, or nothing would be left to train.
     """
     stages = [name for name, child in network.named_children() if next(child.parameters(), None) is not None]
+    if last == BACKBONE:
+        last = stages[-2]
     if last not in stages:
-        raise UserError(f"optim.freeze {last!r} is no stage of the network; there are {', '.join(stages[:-1])}")
+        raise UserError(
+            f"optim.freeze {last!r} is no stage of the network; there are {', '.join(stages[:-1])}, {BACKBONE}"
+        )
     if last == stages[-1]:
         raise UserError(f"optim.freeze {last} leaves nothing to train: {stages[-2]} trains {last} alone")
     for name, child in network.named_children():
