@@ -639,6 +639,22 @@ def test_what_is_dumped_loads_as_it_was(write: Write, config: Config) -> None:
 # Where files are
 
 
+def test_configurations_go_by_their_names(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = load_config("configs/own_images.yaml")
+    assert load_config("own_images") == load_config("own_images.yaml") == own
+    write("extends: own_images.yaml\ntrain: {epochs: 3}", "mine.yaml")
+    mine = load_config("mine.yaml")
+    assert (mine.train.epochs, mine.train.global_batch) == (3, own.train.global_batch)
+
+
+def test_a_scale_of_0_to_1_is_told(write: Write) -> None:
+    with pytest.raises(
+        UserError, match=r"data\.std .* is on a scale of 0 to 1; here, as in data\.mean, it is 0 to 255"
+    ):
+        load_config(write(""), ["data.mean=[0.485,0.456,0.406]", "data.std=[0.229,0.224,0.225]"])
+
+
 def test_configurations_are_found_beside_the_code(write: Write, tmp_path: Path) -> None:
     here = load_config(DEFAULT_CONFIG)
     assert here.model.name == "resnet50"

@@ -36,12 +36,12 @@ def build(name: str) -> nn.Module:
 # What is frozen
 
 
-@pytest.mark.parametrize("last", ["conv1", "bn1", "layer1", "layer3", "layer4"])
+@pytest.mark.parametrize("last", ["conv1", "bn1", "layer1", "layer3", "layer4", "backbone"])
 def test_everything_up_to_a_stage_is_frozen(last: str) -> None:
     net = build("resnet18")
     freeze(net, last)
     order = ["conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4", "avgpool", "flatten", "fc"]
-    frozen = order[: order.index(last) + 1]
+    frozen = order[: order.index("layer4" if last == "backbone" else last) + 1]
     for name, child in net.named_children():
         assert all(p.requires_grad == (name not in frozen) for p in child.parameters())
         assert all(module.training == (name not in frozen) for module in child.modules())

@@ -79,6 +79,14 @@ def test_missing_root(tmp_path: Path) -> None:
     refused(config(tmp_path / "nothing"), f"no data at {tmp_path / 'nothing' / 'train'}", "IMAGENET_DIR", "quickstart")
 
 
+def test_what_the_root_is_instead(root: Path, tmp_path: Path) -> None:
+    refused(config(tmp_path / "gone"), f"there is no {tmp_path / 'gone'}")
+    for k in range(2):
+        (tmp_path / "flat" / f"{k}.jpg").parent.mkdir(exist_ok=True)
+        (tmp_path / "flat" / f"{k}.jpg").touch()
+    refused(config(tmp_path / "flat"), "2 pictures lie flat in it (0.jpg): make a folder of each class")
+
+
 def test_missing_val(root: Path) -> None:
     shutil.rmtree(root / "val")
     refused(config(root, val_split=None), f"no data at {root / 'val'}")

@@ -181,6 +181,18 @@ def test_fresh_moves_the_old_run_aside(first: Path, shelf: Path) -> None:
     assert "continuing" in train(shelf, *words, "train.steps=4", "run.seed=1", "--resume", "must")
 
 
+def test_a_run_of_no_numbers_is_nobodys_best(shelf: Path) -> None:
+    words = [kinds(FIRST), "run.name=nan", "optim.lr=1e8", "log.every_steps=1"]
+    printed = train(shelf, *words, "train.steps=12", code=1)
+    assert "the loss is nan" in printed
+    saved = torch.load(shelf / "runs" / "nan" / "checkpoints" / "last.pt", weights_only=True)
+    assert saved["progress"]["best_step"] is None or saved["progress"]["best_step"] < saved["progress"]["step"]
+    again = train(shelf, *words, "train.steps=14", code=1)
+    assert "warning: the loss was no number any more when step_00000012.pt was saved" in again
+    refused = train(shelf, kinds(FIRST), "run.name=after", "--init-from", "runs/nan/checkpoints/last.pt", code=2)
+    assert "hold numbers that are none" in refused.splitlines()[-1]
+
+
 def test_resume_must(first: Path, shelf: Path) -> None:
     printed = train(shelf, kinds(FIRST), "run.name=nothing", "--resume", "must", code=2)
     assert "error: --resume must: runs/nothing/checkpoints holds no checkpoint" in printed

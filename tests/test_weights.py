@@ -183,6 +183,14 @@ def test_a_path_beside_the_code_or_the_home(state: State, tmp_path: Path, monkey
     assert load("~/c.pth")[1] == f"weights: {home}/c.pth"
 
 
+def test_weights_that_are_no_numbers(tmp_path: Path) -> None:
+    state = randomised(torchvision.models.resnet18(num_classes=4)).state_dict()
+    state["layer2.0.conv1.weight"][0, 0, 0, 0] = float("nan")
+    path = saved(state, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"hold numbers that are none \(NaN\) in layer2.0.conv1.weight"):
+        load(path, num_classes=4)
+
+
 # The head
 
 
@@ -196,7 +204,7 @@ def fresh_head() -> nn.Module:
     [
         (None, None, None),
         (["a", "b", "c", "d"], None, None),
-        (None, ["a", "b", "c", "d"], None),
+        (None, ["a", "b", "c", "d"], ""),
         (["a", "b", "c", "d"], ["a", "b", "c", "d"], None),
         (["a", "b", "c", "d"], ["a", "b", "e", "d"], "other classes, e where the weights have c"),
         (["b", "a", "c", "d"], ["a", "b", "c", "d"], "other classes, a where the weights have b"),
@@ -208,7 +216,9 @@ def test_class_names_decide_on_the_head(
     reference = randomised(torchvision.models.resnet18(num_classes=4))
     path = saved({"model": reference.state_dict(), "classes": known}, tmp_path / "a.pt")
     net, said = load(path, num_classes=4, classes=mine)
-    assert said == f"weights: {path}" + (f"; the head is new: {why}" if why else "")
+    unknown = "; the head is theirs, of 4 classes too, whose names the file does not tell"
+    ends = {None: "", "": unknown}
+    assert said == f"weights: {path}" + ends.get(why, f"; the head is new: {why}")
     head = fresh_head().fc if why else reference.fc
     assert torch.equal(net.fc.weight, head.weight)
     assert torch.equal(net.fc.bias, head.bias)
