@@ -36,6 +36,8 @@ class Words:
     text: str
 
 
+TOP5_CLASSES = 6  # from so many classes on five guesses say something
+
 T = TypeVar("T")
 
 Auto = Literal["auto"]  # follows from other settings, the data or the machine: distrib.follow says how

@@ -28,7 +28,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from distrib.config import WandbConfig
+from distrib.config import TOP5_CLASSES, WandbConfig
 from distrib.jsonl import JsonlFile
 
 Level = Literal["info", "warning", "error"]
@@ -141,7 +141,7 @@ class ConsoleSink:
     def __init__(self, total_steps: int, steps_per_epoch: int, classes: int, stream: TextIO | None = None) -> None:
         self._total, self._steps_per_epoch = total_steps, steps_per_epoch
         self._epochs = round(total_steps / steps_per_epoch, 2)
-        self._eval_fields = tuple(field for field in EVAL_FIELDS if classes > 5 or field[0] != "top5")
+        self._eval_fields = tuple(field for field in EVAL_FIELDS if classes >= TOP5_CLASSES or field[0] != "top5")
         self._stream = sys.stdout if stream is None else stream
         if isinstance(self._stream, io.TextIOWrapper):
             self._stream.reconfigure(errors="replace")  # a locale without "×" must not cost the console

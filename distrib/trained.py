@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from pydantic import ValidationError
 from torch import nn
 
 from distrib.cli import change_config
@@ -12,7 +13,7 @@ from distrib.config import Config, ModelConfig, UserError, settled
 from distrib.follow import follow_names
 from distrib.layout.folders import shown
 from distrib.models import build_model
-from distrib.weights import fit, identify, read_weights
+from distrib.weights import HEAD, fit, identify, read_weights
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ def open_trained(
         UserError: there are no such weights, or no network here that they fit.
     """
     weights = read_weights(text, model or "resnet50", notify)
+    if HEAD[0] not in weights.state:
+        raise UserError(f"the weights {weights.source} have no last layer: there is nothing to tell classes apart")
     begun = {key: value for key, value in dict(weights.config.get("model", {})).items() if key != "weights"}
     asked = ModelConfig(**(begun | ({"name": model} if model else {})))
     found = asked if weights.config and model is None else identify(weights, asked)
@@ -60,9 +63,7 @@ def open_trained(
     config = _config(weights.config).model_copy(update={"model": found})
     config = change_config(follow_names(config), overrides)
     network = build_model(config.model)
-    said = fit(network, weights, config.model, weights.classes)
-    if "the head is new" in said:
-        raise UserError(f"the weights {weights.source} have no last layer: there is nothing to tell classes apart")
+    fit(network, weights, config.model, weights.classes)
     return Trained(network.eval(), config, weights.classes, weights.source)
 
 
@@ -99,4 +100,10 @@ def _config(values: object) -> Config:
             parts[name] = {key: value for key, value in values[name].items() if key in inner}
         elif name in values and inner is None:
             parts[name] = values[name]
-    return Config.model_validate(parts)
+    try:
+        return Config.model_validate(parts)
+    except ValidationError as error:
+        key = ".".join(map(str, error.errors()[0]["loc"]))
+        raise UserError(
+            f"the checkpoint's configuration is of another version: {key} is not what it takes here"
+        ) from None

@@ -7,14 +7,13 @@ from pathlib import Path
 
 from torch import nn
 
-from distrib.config import Config, settled
+from distrib.config import TOP5_CLASSES, Config, settled
 from distrib.data import TrainPlan
 from distrib.follow import told
 from distrib.runtime import Runtime
 
 REMEDY = "lower optim.lr or raise schedule.warmup_epochs, and start under another run.name or run.dir"
 FEW_STEPS = 3  # in an epoch; less is worth a word
-SHOW_TOP5 = 6  # classes from which five guesses say something
 
 
 def resolved(
@@ -84,7 +83,7 @@ def finished(
         already: whether it had come to its end before this start.
     """
     ema = f" (EMA {result['ema_top1']:.2f} %)" if "ema_top1" in result else ""
-    top5 = f", top-5 {result['top5']:.2f} %" if classes >= SHOW_TOP5 else ""
+    top5 = f", top-5 {result['top5']:.2f} %" if classes >= TOP5_CLASSES else ""
     return (
         f"finished{' already' if already else ''}: top-1 {result['top1']:.2f} %{ema}{top5} on {result['images']:,} "
         f"images after {step} steps\n"

@@ -114,8 +114,9 @@ def _bar(shown: bool) -> Iterator[Callable[[int, int], None]]:
 
 def sentence(result: dict[str, object]) -> str:
     """The result for a person."""
-    classes = int(str(result["classes"]))
-    top5 = f"top-5 {result['top5']:.2f} %, " if classes > 5 else ""
+    from distrib.config import TOP5_CLASSES
+
+    top5 = f"top-5 {result['top5']:.2f} %, " if int(str(result["classes"])) >= TOP5_CLASSES else ""
     return (
         f"{result['weights']}: top-1 {result['top1']:.2f} %, {top5}loss {result['loss']:.4f} on {result['images']:,} "
         f"images of {result['data']}"
