@@ -148,7 +148,7 @@ def settings_help(part: str | None = None, width: int | None = None) -> str:
     Raises:
         UserError: there is no such part.
     """
-    names = [name for name, info in Config.model_fields.items() if _part_of(info.annotation)]
+    names = [name for name in Config.model_fields if _part(name)]
     if part is not None and part not in names:
         near = difflib.get_close_matches(part.partition(".")[0], names, n=1)
         raise UserError(
@@ -195,9 +195,9 @@ def _keys(part: str) -> list[str]:
     return keys
 
 
-def _part_of(annotation: Any) -> type[BaseModel] | None:
-    names = [annotation, *getattr(annotation, "__args__", ())]
-    return next((kind for kind in names if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+def _part(key: str) -> type[BaseModel] | None:
+    kind = find_kind(key)
+    return kind.part if kind else None
 
 
 def _comments() -> dict[str, str]:
@@ -209,8 +209,8 @@ def _comments() -> dict[str, str]:
     by_class = {node.name: dict(_lines(node)) for node in tree.body if isinstance(node, ast.ClassDef)}
 
     def walk(part: type[BaseModel], prefix: str) -> Iterator[tuple[str, str]]:
-        for name, info in part.model_fields.items():
-            inner = _part_of(info.annotation)
+        for name in part.model_fields:
+            inner = _part(f"{prefix}{name}")
             if inner:
                 yield from walk(inner, f"{prefix}{name}.")
             else:

@@ -11,6 +11,7 @@ from torch import nn
 from distrib.cli import change_config
 from distrib.config import Config, ModelConfig, UserError, settled
 from distrib.follow import follow_names
+from distrib.keys import find_kind
 from distrib.layout.folders import shown
 from distrib.models import build_model
 from distrib.weights import HEAD, fit, identify, read_weights
@@ -94,12 +95,12 @@ def _config(values: object) -> Config:
     if not isinstance(values, dict):
         return Config()
     parts = {}
-    for name, info in Config.model_fields.items():
-        inner = getattr(info.annotation, "model_fields", None)
-        if name in values and isinstance(values[name], dict) and inner is not None:
-            parts[name] = {key: value for key, value in values[name].items() if key in inner}
-        elif name in values and inner is None:
-            parts[name] = values[name]
+    for name, value in values.items():
+        kind = find_kind(name)
+        if kind is not None:
+            known = kind.part.model_fields if kind.part else {}
+            is_part = isinstance(value, dict) and kind.part is not None
+            parts[name] = {key: inner for key, inner in value.items() if key in known} if is_part else value
     try:
         return Config.model_validate(parts)
     except ValidationError as error:

@@ -15,7 +15,8 @@ import torch
 import torchvision
 from PIL import Image
 
-from distrib.config import DataConfig
+from distrib.config import Config, DataConfig, UserError
+from distrib.models import build_model
 from distrib.trained import open_trained, output_of
 
 SMALL = ["data.size=16", "data.eval_resize=16", "data.workers=1", "train.global_batch=50", "data.eval_batch=100"]
@@ -141,3 +142,19 @@ def test_one_line_for_what_does_not_fit(words: list[str], part: str, run: Path, 
     assert line.startswith("error: ")
     assert part in line
     assert done.stdout == ""
+
+
+def test_a_checkpoint_of_another_version(tmp_path: Path) -> None:
+    config = Config.model_validate({"model": {"name": "resnet20", "num_classes": 4}, "ema": {"decay": 0.5}})
+    torch.manual_seed(0)
+    file, values = tmp_path / "a.pt", config.model_dump(mode="json")
+    state = build_model(config.model).state_dict()
+    values["ema"]["older"], values["gone"] = 1, {"key": 2}  # keys that are no more are passed over
+    torch.save({"model": state, "config": values, "classes": None}, file)
+    assert open_trained(str(file), None, [], print).config.ema == config.ema
+    torch.save({"model": state, "config": values | {"data": {"size": "big"}}}, file)
+    with pytest.raises(UserError, match=r"of another version: data\.size is not what it takes here"):
+        open_trained(str(file), None, [], print)
+    torch.save({k: v for k, v in state.items() if not k.startswith("fc.")}, file)
+    with pytest.raises(UserError, match="have no last layer"):
+        open_trained(str(file), None, [], print)
