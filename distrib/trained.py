@@ -76,7 +76,7 @@ def open_trained(
     if model is not None and found.name != model:
         raise UserError(f"the weights {weights.source} are of {found.name}, not {model}: leave --model out")
     config = _config(weights.config).model_copy(update={"model": found})
-    config = change_config(follow_names(config), overrides)
+    config = follow_names(change_config(config, overrides))
     network = build_model(config.model)
     fit(network, weights, config.model, weights.classes)
     return Trained(network.eval(), config, weights.classes, weights.source)
@@ -104,8 +104,15 @@ def output_of(folders: Sequence[str], trained: Trained) -> list[int]:
     Raises:
         UserError: a folder is none of the network's classes, or their number differs where it knows no names.
     """
-    if trained.is_imagenets and (found := imagenet.outputs(folders)) is not None:
-        return found
+    if trained.is_imagenets:
+        if (found := imagenet.outputs(folders)) is not None:
+            return found
+        strange = [name for name in folders if name not in imagenet.wnids()]
+        if len(strange) < len(folders):  # some are told by id, and the order of such a mixture tells nothing
+            more = f", nor are {len(strange) - 1} more" if strange[1:] else ""
+            raise UserError(
+                f"the class folder {shown(strange[0])} is none of ImageNet's 1,000{more}: leave it out (data.classes)"
+            )
     if trained.classes is None:
         if len(folders) != trained.outputs:
             raise UserError(
