@@ -90,6 +90,7 @@ def test_a_subset_of_fewer_than_five(made: Set, tmp_path: Path) -> None:
     assert found["top1"] == pytest.approx(expected["top1"])
     assert (found["top5"], found["outputs"]) == (100, 2)
     assert "top-5" not in sentence(found)
+    assert f"(crop {SIDE} of {SIDE} px, fp32, guessed among these classes alone)" in sentence(found)
 
 
 @pytest.mark.parametrize("names", [WNIDS, tuple(map(str, range(1000)))], ids=["sketch", "v2"])

@@ -35,7 +35,7 @@ def evaluate(*words: str, procs: int = 1, code: int = 0, codes: Path | None = No
         command = [*torchrun, "--local-addr=localhost", "-m", "distrib.tools.evaluate", *words]
     environ = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(runs.ROOT)}
     environ |= {} if codes is None else {"DISTRIB_EXIT_CODE_FILE": str(codes)}
-    done = subprocess.run(command, cwd=runs.ROOT, env=environ, capture_output=True, text=True, timeout=180, check=False)
+    done = subprocess.run(command, cwd=runs.ROOT, env=environ, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done
@@ -52,7 +52,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     kinds = "data.classes=[1-trouser,8-bag,9-ankle-boot]"
     words = ["--config=configs/quickstart.yaml", *SMALL, kinds, "data.fraction=0.2", "train.epochs=2", "ema.decay=0.5"]
     environ = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run(runs.command(1, *words, f"run.dir={folder}"), cwd=runs.ROOT, env=environ, check=True, timeout=180)
+    subprocess.run(runs.command(1, *words, f"run.dir={folder}"), cwd=runs.ROOT, env=environ, check=True, timeout=300)
     return folder
 
 

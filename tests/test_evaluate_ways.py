@@ -32,6 +32,7 @@ from distrib.engine.prepare import effective_precision
 from distrib.layout import find_split
 from distrib.place import Place
 from distrib.tools.evaluate.__main__ import parse
+from distrib.tools.evaluate.report import sentence
 from distrib.tools.evaluate.scoring import evaluate
 from distrib.trained import for_use, open_trained
 
@@ -53,6 +54,7 @@ def test_mirror_images(made: Set, by_wnid: Path) -> None:
     both = (made.logits + logits_of(made.network, made.images.flip(3))) / 2
     assert close(found, figures(both, made.labels))
     assert found["flip"] is True
+    assert sentence(found).endswith("(crop 32 of 32 px, fp32, mirror images too)")
     assert found["loss"] != pytest.approx(figures(made.logits, made.labels)["loss"], rel=1e-3)
 
 

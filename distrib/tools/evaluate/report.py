@@ -102,9 +102,12 @@ def sentence(result: Mapping[str, Any]) -> str:
     real = ""
     if "real_top1" in result:
         real = f"; ReaL top-1 {result['real_top1']:.2f} % on the {result['real_images']:,} that have such labels"
+    ways = [f"crop {result['size']} of {result['resize']} px", result["arithmetic"]]
+    ways += ["mirror images too"] if result["flip"] else []
+    ways += ["guessed among these classes alone"] if result["scored_over"] == "subset" else []
     return (
         f"{result['weights']}: top-1 {result['top1']:.2f} %, {top5}loss {result['loss']:.4f} on {result['images']:,} "
-        f"images of {result['data']}{real}"
+        f"images of {result['data']} ({', '.join(ways)}){real}"
     )
 
 

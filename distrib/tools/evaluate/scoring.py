@@ -161,6 +161,7 @@ def _score(
         "data": str(index.root),
         "classes": len(index.classes),
         "outputs": trained.outputs if hidden is None else len(columns),
+        "scored_over": args.classes,
         "arithmetic": arithmetic,
         "flip": args.flip,
         "resize": settled(cfg.eval_resize),
