@@ -15,6 +15,7 @@ import runs
 import torch
 from evaluating import close, figures, logits_of, noise, save, score, sized, varied, write
 
+from distrib.checkpoint import commit
 from distrib.config import Config, UserError
 from distrib.data import EvalPlan, build_loader
 from distrib.data.index import open_index
@@ -35,7 +36,7 @@ def evaluate(*words: str, procs: int = 1, code: int = 0, codes: Path | None = No
         command = [*torchrun, "--local-addr=localhost", "-m", "distrib.tools.evaluate", *words]
     environ = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(runs.ROOT)}
     environ |= {} if codes is None else {"DISTRIB_EXIT_CODE_FILE": str(codes)}
-    done = subprocess.run(command, cwd=runs.ROOT, env=environ, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=runs.ROOT, env=environ, capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done
@@ -52,7 +53,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     kinds = "data.classes=[1-trouser,8-bag,9-ankle-boot]"
     words = ["--config=configs/quickstart.yaml", *SMALL, kinds, "data.fraction=0.2", "train.epochs=2", "ema.decay=0.5"]
     environ = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run(runs.command(1, *words, f"run.dir={folder}"), cwd=runs.ROOT, env=environ, check=True, timeout=300)
+    subprocess.run(runs.command(1, *words, f"run.dir={folder}"), cwd=runs.ROOT, env=environ, check=True, timeout=180)
     return folder
 
 
@@ -138,7 +139,7 @@ MISTAKES = [
     (["{four}", "--data", "{pictures}", "data.classes=[emu]"], "has no class folder 'emu'"),
     (["{four}", "--data", "{pictures}", "--model", "resnet50"], "are of resnet18, not resnet50"),
     (["{five}", "--data", "{pictures}"], "tells 5 classes apart and knows no names, but there are 4"),
-    (["{run}", "--data", "{pictures}"], "does not know the class ant nor 3 more; it knows 1-trouser, 8-bag"),
+    (["{tmp}/ours.pt", "--data", "{pictures}"], "does not know the class ant nor 3 more; it knows 1-trouser, 8-bag"),
     (["{tmp}/rubbish.pt", "--data", "{pictures}"], "is damaged, or no file of weights"),
     (["{tmp}/half.pt", "--data", "{pictures}"], "is damaged, or no file of weights"),
     (["{tmp}/half-of-ours.pt", "--data", "{pictures}"], "is damaged, or no file of weights"),
@@ -161,17 +162,20 @@ class Code:
 
 
 @pytest.fixture(scope="module")
-def files(run: Path, pictures: Path, four: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def files(pictures: Path, four: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     tmp = tmp_path_factory.mktemp("mistakes")
+    config = Config.model_validate({"model": {"name": "resnet20", "num_classes": 3}})
+    content = {"model": build_model(config.model).state_dict(), "config": config.model_dump(mode="json")}
+    commit(content | {"classes": ["1-trouser", "8-bag", "9-ankle-boot"]}, tmp / "ours.pt")
     (tmp / "rubbish.pt").write_bytes(b"rubbish" * 99)
     (tmp / "half.pt").write_bytes(four.read_bytes()[:20_000_000])
-    best = (run / "checkpoints" / "best.pt").read_bytes()
-    (tmp / "half-of-ours.pt").write_bytes(best[: len(best) // 2])
+    ours = (tmp / "ours.pt").read_bytes()
+    (tmp / "half-of-ours.pt").write_bytes(ours[: len(ours) // 2])
     torch.save({"state_dict": Code()}, tmp / "code.pt")
     (tmp / "nothing").mkdir()
     (tmp / "hollow" / "bee").mkdir(parents=True)
     write(noise(1)[0], tmp / "hollow" / "ant" / "a.png")
-    return {"run": run, "pictures": pictures, "tmp": tmp, "four": four, "five": save(varied(5), tmp / "five.pth")}
+    return {"pictures": pictures, "tmp": tmp, "four": four, "five": save(varied(5), tmp / "five.pth")}
 
 
 @pytest.mark.parametrize(("words", "part"), MISTAKES)
