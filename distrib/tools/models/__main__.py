@@ -131,8 +131,8 @@ def costs(entries: Sequence[dict[str, Any]], names: Sequence[str], where: Path, 
         model = names[0] if len(names) == 1 else "resnet50"
         return paragraph(
             f"No training speed of {'these networks' if len(names) > 1 else model} on a GPU is on file in "
-            f"{shown(where)}. On a machine with one, `distrib bench train --model {model} --size 224 --batch 256 --compile --json "
-            "FOLDER/NAME.json` makes a report, and `distrib models --cost --reports FOLDER` reads it.",
+            f"{shown(where)}. On a machine with one, `distrib bench train --model {model} --size 224 --batch 256 "
+            "--compile --json FOLDER/NAME.json` makes a report, and `distrib models --cost --reports FOLDER` reads it.",
             width,
         )
     lines: list[tuple[str, ...]] = [("network", "px", "precision", "images/s", "GPU hours", "measured")]
