@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from distrib.cli import change_config
-from distrib.config import Config, ModelConfig, UserError, settled
+from distrib.config import Config, UserError, settled
 from distrib.engine.inference import Classifier, fold
 from distrib.engine.prepare import DTYPES, effective_precision
 from distrib.follow import follow_names
@@ -47,9 +47,13 @@ class Trained:
         """Whether the outputs are ImageNet's 1,000 classes, which files of other trainers do not say."""
         return self.outputs == len(imagenet.wnids()) and self.classes in (None, imagenet.wnids())
 
+    def names(self) -> tuple[str, ...] | None:
+        """The outputs' class folders, in order: the weights' own, or ImageNet's; None where nobody knows them."""
+        return imagenet.wnids() if self.is_imagenets else self.classes
+
     def titles(self) -> list[str]:
         """What a person calls each output: its class's name, or its number where nobody knows a name."""
-        names = imagenet.wnids() if self.is_imagenets else self.classes
+        names = self.names()
         return [str(k) for k in range(self.outputs)] if names is None else [imagenet.title(name) for name in names]
 
 
@@ -68,15 +72,15 @@ def open_trained(
     weights = read_weights(text, model or "resnet50", notify)
     if HEAD[0] not in weights.state:
         raise UserError(f"the weights {weights.source} have no last layer: there is nothing to tell classes apart")
-    begun = {key: value for key, value in dict(weights.config.get("model", {})).items() if key != "weights"}
-    asked = ModelConfig(**(begun | ({"name": model} if model else {})))
-    found = asked if weights.config and model is None else identify(weights, asked)
+    config = _config(weights.config)
+    asked = config.model.model_copy(update={"weights": None} | ({"name": model} if model else {}))
+    told = model is None and "model" in weights.config and asked.num_classes != "auto"
+    found = asked if told else identify(weights, asked)
     if found is None:
         raise UserError(f"the weights {weights.source} are of a network that is not here")
     if model is not None and found.name != model:
         raise UserError(f"the weights {weights.source} are of {found.name}, not {model}: leave --model out")
-    config = _config(weights.config).model_copy(update={"model": found})
-    config = follow_names(change_config(config, overrides))
+    config = follow_names(change_config(config.model_copy(update={"model": found}), overrides))
     network = build_model(config.model)
     fit(network, weights, config.model, weights.classes)
     return Trained(network.eval(), config, weights.classes, weights.source)
