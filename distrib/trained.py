@@ -81,7 +81,11 @@ def open_trained(
         raise UserError(f"the weights {weights.source} are of {found.name}, not {model}: leave --model out")
     config = _config(weights.config).model_copy(update={"model": found})
     config = change_config(follow_names(config), overrides)
-    network = build_model(config.model)
+    with torch.device("meta"):  # all numbers come from the weights: none are drawn before
+        network = build_model(config.model)
+    network.to_empty(device="cpu")
+    for buffer in network.buffers():
+        buffer.zero_()  # older weights lack the norms' counters
     fit(network, weights, config.model, weights.classes)
     return Trained(network.eval(), config, weights.classes, weights.source)
 
