@@ -86,7 +86,7 @@ def sheet(rows: Sequence[Sequence[str]], tile: int) -> Image.Image:
         for x, name in enumerate(row):
             with Image.open(name) as picture:
                 page.paste(ImageOps.fit(picture.convert("RGB"), (tile, tile)), (x * step + 4 * GAP * (x > 0), y * step))
-    return page
+    return page.quantize(256)  # a third of the bytes
 
 
 if __name__ == "__main__":

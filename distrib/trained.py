@@ -83,9 +83,8 @@ def open_trained(
     config = change_config(follow_names(config), overrides)
     with torch.device("meta"):  # all numbers come from the weights: none are drawn before
         network = build_model(config.model)
-    network.to_empty(device="cpu")
-    for buffer in network.buffers():
-        buffer.zero_()  # older weights lack the norms' counters
+    # Not by to_empty, which imports sympy. Zeros, as older weights lack the norms' counters.
+    network._apply(lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype))
     fit(network, weights, config.model, weights.classes)
     return Trained(network.eval(), config, weights.classes, weights.source)
 
@@ -110,7 +109,8 @@ def begin_use(trained: Trained, exact: bool, notify: Callable[[str], None]) -> t
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     classifier = for_use(trained, device, exact)
-    set_up_device(device, "fp32" if classifier.dtype == torch.float32 else "bf16", deterministic=True)
+    if device.type == "cuda":  # a CPU has no others, and torch's switch imports its compiler, for 2 s
+        set_up_device(device, "fp32" if classifier.dtype == torch.float32 else "bf16", deterministic=True)
     notify(f"{trained.source}: {trained.config.model.name}, {trained.outputs} classes; {arithmetic(classifier, exact)}")
     return classifier, device
 

@@ -44,7 +44,8 @@ def test_sheet_and_share(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert neighbours.main(words) == 0
     # Chance: of five others, two are in the same folder.
     assert "for 66.7 % of 6 pictures in 2 folders; chance: 40.0 %" in capsys.readouterr().out
-    with Image.open(tmp_path / "s.png") as sheet:
+    with Image.open(tmp_path / "s.png") as file:
+        sheet = file.convert("RGB")
         assert sheet.size == (3 * 10 + 6, 2 * 10 - 2)
         assert [sheet.getpixel((x, 4)) for x in (4, 22, 32)][:2] == [(255, 0, 0), (255, 0, 0)]
         assert sheet.getpixel((4, 14)) == (0, 0, 255)

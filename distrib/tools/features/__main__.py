@@ -94,9 +94,13 @@ def extract(args: argparse.Namespace, stop: StopSignals) -> None:
     }  # fmt: skip
     work = compute(classifier, device, cfg, stage, files, output.path, purpose, args.batch, stop)
     unread += len(work.bad)
-    if len(work.good()):
-        about = {"weights": trained.source, "stage": stage, "model": trained.config.model.name}
-        output.write(work, names, about)
+    try:
+        if len(work.good()):
+            about = {"weights": trained.source, "stage": stage, "model": trained.config.model.name}
+            output.write(work, names, about)
+    except UserError:
+        work.close()  # its rows stay for a second try
+        raise
     work.remove()
     if unread:
         left = f"are left out of {args.output}" if unread < asked else "nothing is written"
