@@ -99,17 +99,40 @@ class Output:
         Raises:
             UserError: it cannot be written; nothing of it stays.
         """
-        try:
-            yield self._beside
-            descriptor = os.open(self._beside, os.O_RDONLY)
+        with writing(self) as (place,):
+            yield place
+
+    @property
+    def beside(self) -> Path:
+        """The name beside the file's."""
+        return self._beside
+
+
+@contextlib.contextmanager
+def writing(*outputs: Output) -> Iterator[list[Path]]:
+    """The names beside those of ``outputs``, which all become the files when the block ends, in this order, or none.
+
+    Raises:
+        UserError: one cannot be written; nothing of them stays.
+    """
+    placed: list[Path] = []
+    try:
+        yield [output.beside for output in outputs]
+        for output in outputs:
+            descriptor = os.open(output.beside, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-            if os.path.lexists(self.path):
-                raise UserError(f"{shown(self.path)} was made by somebody else meanwhile: name another file")
-            os.rename(self._beside, self.path)
-        except OSError as error:
-            raise UserError(f"cannot write {shown(self.path)}: {reason(error)}") from None
-        finally:
-            self._beside.unlink(missing_ok=True)
+        for output in outputs:
+            if os.path.lexists(output.path):
+                raise UserError(f"{shown(output.path)} was made by somebody else meanwhile: name another file")
+            os.rename(output.beside, output.path)
+            placed.append(output.path)
+        placed.clear()
+    except OSError as error:
+        names = " and ".join(shown(output.path) for output in outputs)
+        raise UserError(f"cannot write {names}: {reason(error)}") from None
+    finally:
+        for path in [*placed, *(output.beside for output in outputs)]:
+            path.unlink(missing_ok=True)

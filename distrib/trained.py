@@ -12,7 +12,7 @@ from torch import nn
 from distrib.cli import change_config
 from distrib.config import Config, UserError, settled
 from distrib.engine.inference import Classifier, fold
-from distrib.engine.prepare import DTYPES, effective_precision
+from distrib.engine.prepare import DTYPES, effective_precision, set_up_device
 from distrib.follow import follow_names
 from distrib.keys import find_kind
 from distrib.layout import imagenet
@@ -51,10 +51,14 @@ class Trained:
         """The outputs' class folders, in order: the weights' own, or ImageNet's; None where nobody knows them."""
         return imagenet.wnids() if self.is_imagenets else self.classes
 
-    def titles(self) -> list[str]:
-        """What a person calls each output: its class's name, or its number where nobody knows a name."""
+    def labels(self) -> list[str]:
+        """The class of each output, as its folder is called, or its number where nobody knows a name."""
         names = self.names()
-        return [str(k) for k in range(self.outputs)] if names is None else [imagenet.title(name) for name in names]
+        return [str(k) for k in range(self.outputs)] if names is None else list(names)
+
+    def titles(self) -> list[str]:
+        """What a person calls each output."""
+        return [imagenet.title(name) for name in self.labels()]
 
 
 def open_trained(
@@ -81,7 +85,10 @@ def open_trained(
     if model is not None and found.name != model:
         raise UserError(f"the weights {weights.source} are of {found.name}, not {model}: leave --model out")
     config = follow_names(change_config(config.model_copy(update={"model": found}), overrides))
-    network = build_model(config.model)
+    with torch.device("meta"):  # all numbers come from the weights: none are drawn before
+        network = build_model(config.model)
+    # Not by to_empty, which imports sympy. Zeros, as older weights lack the norms' counters.
+    network._apply(lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype))
     fit(network, weights, config.model, weights.classes)
     return Trained(network.eval(), config, weights.classes, weights.source)
 
@@ -98,6 +105,24 @@ def for_use(trained: Trained, device: torch.device, exact: bool = False) -> Clas
     network = trained.network if exact else fold(trained.network)
     cfg = trained.config.data
     return Classifier(network, cfg.mean, cfg.std, DTYPES[precision]).eval().requires_grad_(False).to(device)
+
+
+def begin_use(trained: Trained, exact: bool, notify: Callable[[str], None]) -> tuple[Classifier, torch.device]:
+    """The network as ``for_use`` gives it, on this machine's GPU or else its CPU, with kernels that give the same bits
+    each time; ``notify`` hears of its arithmetic.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    classifier = for_use(trained, device, exact)
+    if device.type == "cuda":  # a CPU has no others, and torch's switch imports its compiler, for 2 s
+        set_up_device(device, "fp32" if classifier.dtype == torch.float32 else "bf16", deterministic=True)
+    notify(f"{trained.source}: {trained.config.model.name}, {trained.outputs} classes; {arithmetic(classifier, exact)}")
+    return classifier, device
+
+
+def arithmetic(classifier: Classifier, exact: bool) -> str:
+    """In what ``classifier`` computes: "bf16, folded"."""
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[classifier.dtype]
+    return f"{name}, " + ("as trained" if exact else "batch norms folded (--exact: fp32, as trained)")
 
 
 def output_of(folders: Sequence[str], trained: Trained) -> list[int]:
