@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Runs on a GPU, in one go of less than nine minutes, the tests that need one and the measurements of README.md.
+# Runs on a GPU, in one go of less than ten minutes, the tests that need one and the measurements of README.md.
 #
 #   benchmarks/gpu.sh                        on a machine with a GPU, from any folder
 #   OUT=folder benchmarks/gpu.sh             results go there; default: benchmarks/results/gpu-<date>
-#   PARTS="tests loader" benchmarks/gpu.sh   only these of: tests model-bf16 loader model-fp16 train
+#   PARTS="tests loader" benchmarks/gpu.sh   only these of: tests model-bf16 loader inference model-fp16 train
 #   PYTHON=python3.12 benchmarks/gpu.sh      with this interpreter; default: python3
 #   CPU_SMOKE=1 benchmarks/gpu.sh            the script itself in tiny sizes, with or without a GPU: no figures
 #
@@ -11,8 +11,8 @@
 # set, no network, not the package installed. Takes pytest (for the tests) and DALI (nvidia-dali-cuda120 or -cuda130,
 # for its loaders) where they are there, and says where they are not.
 #
-# Writes log.txt (all output), model-bf16.json, loader.json, model-fp16.json and train.json. Every part has a time
-# limit, and what one leaves of it the later ones may use; one that fails or is cut off leaves the figures that it had
+# Writes log.txt (all output), model-bf16.json, loader.json, inference.json, model-fp16.json and train.json. Every part
+# has a time limit, and what one leaves of it the later ones may use; one that fails or is cut off leaves the figures that it had
 # in its file, and the others run all the same.
 #
 # Exit code: 0 all parts passed, 1 one failed or was cut off, 2 Python or a package is missing, 3 there is no GPU.
@@ -20,7 +20,7 @@ set -uo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 PYTHON=${PYTHON:-python3}
-PARTS=${PARTS:-tests model-bf16 loader model-fp16 train}
+PARTS=${PARTS:-tests model-bf16 loader inference model-fp16 train}
 smoke=${CPU_SMOKE:-}
 out=${OUT:-benchmarks/results/gpu-$(date +%F-%H%M%S)}
 export WANDB_MODE=disabled PYTHONUNBUFFERED=1
@@ -56,11 +56,12 @@ exec > >(tee "$out/log.txt") 2>&1
 if [ -z "$smoke" ]; then
   network="--model resnet50 --size 224" batch=256 photos=4000
   train="--batch $batch --steps 80 --pairs 2 --compile" model="--batch $batch --warm-up 20 --steps 50 --compile"
-  loader="--rounds 3" rounds_bf16=3 rounds_fp16=2
+  loader="--rounds 3" rounds_bf16=3 rounds_fp16=2 inference="--rounds 1"
 else
   network="--model resnet18 --size 32" photos=20
   train="--batch 4 --steps 16 --pairs 1" model="--batch 4 --warm-up 1 --steps 1"
   loader="--rounds 1 --batch 4 --batches 2 --size 32" rounds_bf16=1 rounds_fp16=1
+  inference="--rounds 1"
 fi
 
 failed=0 due=0
@@ -85,7 +86,7 @@ echo "$(date -u +%FT%TZ) $(uname -srm), $(nproc) processors, load $(cut -d' ' -f
 [ -z "$lacks" ] || echo "$lacks"
 nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit --format=csv,noheader 2>/dev/null
 
-# The limits add up to 520 s. The longest comes last and takes what is left: two pairs are six processes, which compile
+# The limits add up to 560 s. The longest comes last and takes what is left: two pairs are six processes, which compile
 # ten times, seven of them from a cache. Variables without quotes hold several words.
 if "$PYTHON" -c 'import pytest' 2>/dev/null; then
   part tests 150 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/test_gpu.py
@@ -93,6 +94,7 @@ fi
 part model-bf16 110 $bench model $network --precision bf16 $model --rounds $rounds_bf16 --deterministic \
   --json "$out/model-bf16.json"
 part loader 50 $bench loader --photos $photos $loader --json "$out/loader.json"
+part inference 40 $bench inference $network --photos $photos $inference --json "$out/inference.json"
 part model-fp16 70 $bench model $network --precision fp16 $model --rounds $rounds_fp16 --json "$out/model-fp16.json"
 part train 140 $bench train $network --precision bf16 $train --photos $photos --json "$out/train.json"
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from pydantic import ValidationError
 from torch import nn
 
 from distrib.cli import change_config
 from distrib.config import Config, ModelConfig, UserError, settled
+from distrib.engine.inference import Classifier, fold
+from distrib.engine.prepare import DTYPES, effective_precision
 from distrib.follow import follow_names
 from distrib.keys import find_kind
+from distrib.layout import imagenet
 from distrib.layout.folders import shown
 from distrib.models import build_model
 from distrib.weights import HEAD, fit, identify, read_weights
@@ -37,6 +41,16 @@ class Trained:
     def outputs(self) -> int:
         """How many classes the network tells apart."""
         return settled(self.config.model.num_classes)
+
+    @property
+    def is_imagenets(self) -> bool:
+        """Whether the outputs are ImageNet's 1,000 classes, which files of other trainers do not say."""
+        return self.outputs == len(imagenet.wnids()) and self.classes in (None, imagenet.wnids())
+
+    def titles(self) -> list[str]:
+        """What a person calls each output: its class's name, or its number where nobody knows a name."""
+        names = imagenet.wnids() if self.is_imagenets else self.classes
+        return [str(k) for k in range(self.outputs)] if names is None else [imagenet.title(name) for name in names]
 
 
 def open_trained(
@@ -68,12 +82,30 @@ def open_trained(
     return Trained(network.eval(), config, weights.classes, weights.source)
 
 
+def for_use(trained: Trained, device: torch.device, exact: bool = False) -> Classifier:
+    """The network as predictions need it, on ``device``.
+
+    Args:
+        exact: in fp32 with its batch norms, as trained; else folded, and in 16 bits where the device is fast in them.
+    """
+    precision = "fp32" if exact else effective_precision("bf16", device)
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        precision = "fp16"
+    network = trained.network if exact else fold(trained.network)
+    cfg = trained.config.data
+    return Classifier(network, cfg.mean, cfg.std, DTYPES[precision]).eval().requires_grad_(False).to(device)
+
+
 def output_of(folders: Sequence[str], trained: Trained) -> list[int]:
     """For each class folder the network's output that is meant.
+
+    ImageNet's are told by id or by number, and may be any of the 1,000.
 
     Raises:
         UserError: a folder is none of the network's classes, or their number differs where it knows no names.
     """
+    if trained.is_imagenets and (found := imagenet.outputs(folders)) is not None:
+        return found
     if trained.classes is None:
         if len(folders) != trained.outputs:
             raise UserError(

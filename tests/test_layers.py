@@ -25,7 +25,7 @@ LAYERS = (
         "distrib.words",
     ),
     ("distrib.data", "distrib.models", "distrib.optim", "distrib.augment"),
-    ("distrib.runtime", "distrib.entry"),
+    ("distrib.runtime", "distrib.entry", "distrib.program"),
     ("distrib.lease",),
     ("distrib.faults", "distrib.jsonl"),
     ("distrib.layout", "distrib.place", "distrib.surroundings"),

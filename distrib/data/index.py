@@ -70,7 +70,7 @@ class Index:
                 np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)) for name in ARRAYS
             )
             self._check_shape(meta)
-            self._prefix = _as_bytes(meta["root"]) + b"/"
+            self._prefix = _as_bytes(meta["root"]).rstrip(b"/") + b"/"
             self.root = Path(os.fsdecode(_as_bytes(meta["root"])))
             self.classes: list[str] = meta["classes"]
             self.nested: dict[str, int] = meta["nested"]

@@ -10,12 +10,13 @@ from typing import NoReturn
 
 from distrib.config import UserError
 from distrib.faults import FAILED, FINISHED, USER_ERROR
-from distrib.tools.bench import index, loader, model, photos, train
+from distrib.tools.bench import index, inference, loader, model, photos, train
 
 BENCHMARKS = {
     "train": (train, "the trainer's own overhead: train.py against a bare loop"),
     "model": (model, "a training step of our networks against torchvision's"),
     "loader": (loader, "our loaders against torchvision's and DALI's usual ones"),
+    "inference": (inference, "evaluate and features against timm's validate.py and a plain torchvision loop"),
     "index": (index, "a large data set's file list: time to open, memory, time a step"),
     "photos": (photos, "make up photographs to load, and print their folder"),
 }
@@ -33,7 +34,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         UserError: they are wrong.
     """
     parser = _Parser(prog="python -m distrib.tools.bench", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train|model|loader|index|photos")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(BENCHMARKS))
     for name, (module, text) in BENCHMARKS.items():
         command = commands.add_parser(name, help=text, description=module.__doc__, allow_abbrev=False)
         module.add_arguments(command)

@@ -1,0 +1,104 @@
+"""What the tools have in common: exit codes, a progress bar, and outputs that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from distrib.config import UserError
+from distrib.faults import FAILED, FINISHED, STOPPED, USER_ERROR, Failure, Interrupted, StopSignals
+from distrib.layout.folders import reason, shown
+from distrib.surroundings import settle
+
+Tell = Callable[[int, int], None]  # hears how much is done, and of how much
+
+
+def run(work: Callable[[StopSignals], int | None]) -> int:
+    """Does a tool's work; returns the exit code: the work's own (None: 0), 75 stopped, 2 the user's to mend, 1 failed.
+
+    What the user may mend, and what stopped it, is one line.
+    """
+    stop = StopSignals()
+    settle()
+    try:
+        return work(stop) or FINISHED
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except Failure as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    except (Interrupted, KeyboardInterrupt):
+        print(f"stopped ({stop.received or 'on request'}) before the end", file=sys.stderr)
+        return STOPPED
+
+
+def say(text: str) -> None:
+    """A line for the person, beside the results, which alone go to stdout."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def bar(label: str, wanted: bool = True) -> Iterator[Tell]:
+    """A progress bar on stderr, where that is a terminal."""
+    if not (wanted and sys.stderr.isatty()):
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(label, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+class Output:
+    """A file that a tool is to write, looked at before the work begins."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Looks at the place.
+
+        Raises:
+            UserError: something is there already, or nothing can be written there.
+        """
+        self.path = Path(path).expanduser()
+        folder = self.path.parent
+        if os.path.lexists(self.path):
+            raise UserError(f"{shown(self.path)} exists: name another file, or remove it")
+        if not folder.is_dir():
+            raise UserError(f"cannot write {shown(self.path)}: there is no folder {shown(folder)}")
+        self._beside = self.path.with_name(f".{self.path.stem}-{os.getpid()}{self.path.suffix}")
+        try:
+            with self._beside.open("xb") as file:
+                file.write(bytes(4096))
+                file.flush()
+                os.fsync(file.fileno())  # some disks say only now that they are full
+        except OSError as error:
+            raise UserError(f"cannot write {shown(self.path)}: {reason(error)}") from None
+        finally:
+            self._beside.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[Path]:
+        """A name beside the file's, of the same suffix: what is written there becomes the file when the block ends.
+
+        Raises:
+            UserError: it cannot be written; nothing of it stays.
+        """
+        try:
+            yield self._beside
+            descriptor = os.open(self._beside, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            if os.path.lexists(self.path):
+                raise UserError(f"{shown(self.path)} was made by somebody else meanwhile: name another file")
+            os.rename(self._beside, self.path)
+        except OSError as error:
+            raise UserError(f"cannot write {shown(self.path)}: {reason(error)}") from None
+        finally:
+            self._beside.unlink(missing_ok=True)
