@@ -1,0 +1,98 @@
+"""What a run's folder tells: its figures, its curve, its layers' gradients."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from distrib.config import UserError
+from distrib.tools.study.plan import Job
+
+METRICS = {  # of a run: what it is called, and digits behind the point
+    "train_error": ("training error, %", 2),
+    "train_loss": ("training loss", 4),
+    "top1": ("validation top-1, %", 2),
+    "seconds": ("seconds a run", 0),
+}
+COMPARED = ("train_error", "top1")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One run's figures.
+
+    values: those of ``METRICS``; training error and loss are the means of the last epoch's batches, as they were
+        trained on, with their crops.
+    curve: epochs done and the training error of the batches since the point before, percent.
+    gradients: steps done and the norm of each parameter's gradient, where ``log.layers`` is on.
+    """
+
+    seed: int
+    values: Mapping[str, float]
+    curve: Sequence[tuple[float, float]]
+    gradients: Sequence[tuple[int, Mapping[str, float | None]]]
+
+
+def read_outcome(job: Job) -> Outcome:
+    """The figures of a run that is finished.
+
+    Raises:
+        UserError: what it wrote is not there any more.
+    """
+    summary, file = job.summary(), job.folder / "metrics.jsonl"
+    try:
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        records = [line for line in lines if line["kind"] == "train"]
+        if summary is None or not records:
+            raise ValueError
+        values = {
+            "train_error": 100 - last_epoch(records, "top1"),
+            "train_loss": last_epoch(records, "loss"),
+            "top1": float(summary["top1"]),
+            "seconds": float(summary["seconds"]),
+        }
+        curve = [(record["epoch"], 100 - record["top1"]) for record in records]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{file} is not complete: remove {job.folder}, and the same command trains it again") from None
+    gradients = [(record["step"], record["gradient_norms"]) for record in records if "gradient_norms" in record]
+    return Outcome(job.seed, values, curve, gradients)
+
+
+def last_epoch(records: Sequence[Mapping[str, Any]], key: str) -> float:
+    """The mean of ``key`` over the last epoch's steps: a record is the mean of the steps since the one before."""
+    end = records[-1]["epoch"]
+    total = steps = before = 0.0
+    for record in records:
+        if record["epoch"] > end - 1 + 1e-9:
+            total += record[key] * (record["step"] - before)
+            steps += record["step"] - before
+        before = record["step"]
+    return total / steps
+
+
+def mean_curve(outcomes: Sequence[Outcome]) -> list[tuple[float, float, float, float]]:
+    """Epoch, and mean, lowest and highest training error over the seeds."""
+    points = []
+    for rows in zip(*(outcome.curve for outcome in outcomes), strict=True):
+        errors = [error for _, error in rows]
+        points.append((rows[0][0], sum(errors) / len(errors), min(errors), max(errors)))
+    return points
+
+
+def mean_gradients(
+    outcomes: Sequence[Outcome], wanted: Callable[[str], bool]
+) -> tuple[list[int], list[str], list[list[float]]]:
+    """Steps, layers, and the geometric mean over the seeds of each layer's norm at each step, [layers][steps]."""
+    steps = [step for step, _ in outcomes[0].gradients]
+    layers = [name for name in (outcomes[0].gradients[0][1] if steps else {}) if wanted(name)]
+    table = []
+    for layer in layers:
+        row = []
+        for k in range(len(steps)):
+            norms = [outcome.gradients[k][1][layer] or math.nan for outcome in outcomes]  # a norm may be 0 or null
+            row.append(math.exp(sum(math.log(norm) for norm in norms) / len(norms)))
+        table.append(row)
+    return steps, layers, table
