@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from distrib.config import UserError
-from distrib.faults import FINISHED, STOPPED, USER_ERROR, Interrupted, StopSignals
+from distrib.faults import StopSignals
+from distrib.program import run
 from distrib.tools.dataset import cifar10
 
 DATASETS = {"cifar10": cifar10}
@@ -43,17 +44,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code: 0, 75 stopped on request with nothing written, 2 the user's to mend."""
-    stop = StopSignals()
-    try:
+
+    def work(stop: StopSignals) -> None:
         args = parse(argv)
         print(args.convert(args.source, args.dest, stop=stop.requested))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
-    except Interrupted:
-        print(f"{stop.received}: stopped, nothing was written", file=sys.stderr)
-        return STOPPED
-    return FINISHED
+
+    return run(work)
 
 
 if __name__ == "__main__":

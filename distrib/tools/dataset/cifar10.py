@@ -128,7 +128,8 @@ def _archive(source: Path) -> dict[str, bytes]:
                 if len(files[name]) != member.size:
                     raise tarfile.ReadError("unexpected end of data")
     except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise UserError(f"{source} is no archive, or incomplete ({error}): download it again") from None
+        words = str(error).partition("\n")[0].rstrip(" :-(")
+        raise UserError(f"{source} is no tar archive, or incomplete ({words}): download it again") from None
     except OSError as error:
         raise UserError(f"cannot read {source}: {error.strerror or error}") from None
     return files

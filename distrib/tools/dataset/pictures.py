@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 
 from distrib.config import UserError
 from distrib.faults import Interrupted
+from distrib.program import bar
 
 SCRATCH = ".distrib-dataset-"
 
@@ -44,28 +43,14 @@ def write_pictures(
     check_free(dest)
     try:
         sweep(dest.parent, SCRATCH)
-        with staged(dest, SCRATCH, taken) as work, _bar(f"writing {dest}", total) as advance:
-            for name, pixels in pictures:
+        with staged(dest, SCRATCH, taken) as work, bar(f"writing {dest}") as tell:
+            for done, (name, pixels) in enumerate(pictures):
                 if stop():
                     raise Interrupted
                 file = work / name
                 file.parent.mkdir(parents=True, exist_ok=True)
                 with file.open("wb") as stream:  # Pillow alone would hide the system's words
                     Image.fromarray(pixels).save(stream, format="PNG")
-                advance()
+                tell(done + 1, total)
     except OSError as error:
         raise UserError(f"cannot write {dest}: {error.strerror or error}") from None
-
-
-@contextlib.contextmanager
-def _bar(words: str, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar on a terminal's stderr; a function that moves it by one."""
-    if not sys.stderr.isatty():
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(words, total=total)
-        yield lambda: progress.advance(task)

@@ -8,9 +8,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from distrib import program
 from distrib.config import UserError
-from distrib.faults import FINISHED, STOPPED, USER_ERROR, StopSignals
+from distrib.faults import FINISHED, STOPPED, StopSignals
 from distrib.options import Parser
+from distrib.program import say
 from distrib.tools.study import figure, jobs, plan, report
 from distrib.tools.study.outcome import Outcome, read_outcome
 
@@ -105,7 +107,7 @@ def run(args: argparse.Namespace, behind: Sequence[str], stop: StopSignals) -> i
     code = jobs.train_all(sorted(planned, key=lambda job: (job.seed, -macs[job.variant])), args.jobs, stop.requested)
     if code != FINISHED:
         if code == STOPPED:
-            print(f"{stop.received or 'a run'}: stopped; the same command goes on", file=sys.stderr)
+            say(f"{stop.received or 'a run'}: stopped; the same command goes on")
         return code
     outcomes = collect(study, planned)
     sizes = {}
@@ -120,21 +122,20 @@ def run(args: argparse.Namespace, behind: Sequence[str], stop: StopSignals) -> i
     print(markdown, end="")
     took = time.monotonic() - began
     if left:
-        print(f"{left} runs, {args.jobs} at a time: {took / 60:.1f} min; {output}/figure.png", file=sys.stderr)
+        say(f"{left} runs, {args.jobs} at a time: {took / 60:.1f} min; {output}/figure.png")
     return FINISHED
 
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code: 0, 75 stopped on request, 2 the user's to mend, or that of a run that failed."""
-    stop = StopSignals()
-    try:
+
+    def work(stop: StopSignals) -> int:
         args, behind = parse(argv)
         if args.data is not None:
             args.words.append(f"data.root={args.data}")
         return run(args, behind, stop)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
+
+    return program.run(work)
 
 
 if __name__ == "__main__":

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from distrib.config import UserError
 from distrib.faults import FAILED, FINISHED, STOPPED
+from distrib.program import bar, say
 from distrib.root import TRAIN
 from distrib.tools.study.plan import Job
 
@@ -34,7 +34,9 @@ def train_all(jobs: Sequence[Job], at_once: int, stop: Callable[[], bool], train
     waiting = [job for job in jobs if not job.finished]
     running: dict[subprocess.Popen[bytes], Job] = {}
     code, asked = FINISHED, False
-    with _bar(len(jobs), len(jobs) - len(waiting)) as tell:
+    done = len(jobs) - len(waiting)
+    with bar(f"{len(jobs)} runs") as tell:
+        tell(done, len(jobs))
         while running or (waiting and code == FINISHED):
             if code == FINISHED and stop():
                 code = STOPPED
@@ -48,12 +50,14 @@ def train_all(jobs: Sequence[Job], at_once: int, stop: Callable[[], bool], train
             for process in [process for process in running if process.poll() is not None]:
                 job = running.pop(process)
                 if process.returncode == FINISHED:
-                    tell(f"{job.variant}, seed {job.seed}: {_told(job)}")
+                    done += 1
+                    say(f"{done}/{len(jobs)} {job.variant}, seed {job.seed}: {_told(job)}")
+                    tell(done, len(jobs))
                 elif code == FINISHED:
                     code = process.returncode if process.returncode > 0 else FAILED
                     if code != STOPPED:
-                        print(f"{job.variant}, seed {job.seed}: {_last_line(log_of(job))}", file=sys.stderr)
-                        print(f"it ended with {process.returncode}; {log_of(job)} says more", file=sys.stderr)
+                        say(f"{job.variant}, seed {job.seed}: {_last_line(log_of(job))}")
+                        say(f"it ended with {process.returncode}; {log_of(job)} says more")
             time.sleep(LOOK_SECONDS)
     return code
 
@@ -92,24 +96,3 @@ def _last_line(log: Path) -> str:
     except OSError:
         return "failed"
     return next((line for line in reversed(lines) if line.strip()), "failed")
-
-
-@contextlib.contextmanager
-def _bar(total: int, done: int) -> Iterator[Callable[[str], None]]:
-    """A line on stderr for each run that has ended, above a bar where that is a terminal."""
-    if not sys.stderr.isatty():
-        count = iter(range(done + 1, total + 1))
-        yield lambda line: print(f"{next(count)}/{total} {line}", file=sys.stderr, flush=True)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
-
-    columns = (BarColumn(), MofNCompleteColumn(), "runs", TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("training", total=total, completed=done)
-
-        def tell(line: str) -> None:
-            progress.console.print(line, markup=False, highlight=False)
-            progress.advance(task)
-
-        yield tell
