@@ -162,6 +162,10 @@ def _names(value: Any) -> list[str]:
     return [name.decode("ascii", "replace") for name in names]
 
 
+class _Refused(Exception):
+    """A pickle asks for more than the data needs."""
+
+
 class _Unpickler(pickle.Unpickler):
     """Makes plain values and numpy arrays. A pickle may name any function to be called: it gets no other."""
 
@@ -172,26 +176,26 @@ class _Unpickler(pickle.Unpickler):
             return getattr(np, name)
         if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes for Python 2
             return _encode
-        raise pickle.UnpicklingError(f"asks for {module}.{name}")
+        raise _Refused(f"asks for {module}.{name}")
 
 
 def _empty_array(kind: type, shape: tuple[int, ...], code: bytes) -> np.ndarray:
     """What numpy's own makes: an array without elements, whose state follows."""
     if kind is not np.ndarray or shape != (0,):
-        raise pickle.UnpicklingError("asks for an array of another kind")
+        raise _Refused("asks for an array of another kind")
     return np.ndarray((0,), np.dtype("b"))
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
     if encoding not in ("latin1", b"latin1"):
-        raise pickle.UnpicklingError(f"asks for the encoding {encoding!r}")
+        raise _Refused(f"asks for the encoding {encoding!r}")
     return text.encode("latin1")
 
 
 def _unpickle(data: bytes, name: str) -> Any:
     try:
         return _Unpickler(io.BytesIO(data), encoding="bytes").load()
-    except pickle.UnpicklingError as error:
+    except _Refused as error:
         raise ValueError(f"{name}: {error}, which no batch of CIFAR-10 does") from None
     except Exception as error:  # a damaged pickle ends in any of them
         raise ValueError(f"{name} is not a pickle of plain values ({type(error).__name__})") from None
