@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from distrib.config import UserError
@@ -62,14 +63,16 @@ def read_outcome(job: Job) -> Outcome:
 
 
 def last_epoch(records: Sequence[Mapping[str, Any]], key: str) -> float:
-    """The mean of ``key`` over the last epoch's steps: a record is the mean of the steps since the one before."""
-    end = records[-1]["epoch"]
-    total = steps = before = 0.0
-    for record in records:
-        if record["epoch"] > end - 1 + 1e-9:
-            total += record[key] * (record["step"] - before)
-            steps += record["step"] - before
-        before = record["step"]
+    """The mean of ``key`` over the last epoch's steps: a record is the mean of the steps since the one before.
+
+    Records that began earlier do not count; without any other, the last one does.
+    """
+    begin = records[-1]["epoch"] - 1 - 1e-9
+    total = steps = 0.0
+    for before, record in pairwise([{"step": 0, "epoch": 0.0}, *records]):
+        if before["epoch"] >= begin or (record is records[-1] and not steps):
+            total += record[key] * (record["step"] - before["step"])
+            steps += record["step"] - before["step"]
     return total / steps
 
 
