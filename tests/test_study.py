@@ -363,5 +363,5 @@ def test_figures_show_what_is_there(kind: str, tmp_path: Path) -> None:
         assert len(set(pixels.getdata())) > 20
     if kind == "gradients":
         bare = {n: [outcome.Outcome(0, values, [(1.0, 80.0)], [])] for n in ("a", "b")}
-        with pytest.raises(UserError, match="log.layers"):
+        with pytest.raises(UserError, match="hold no norms"):
             figure.draw(study, bare)
