@@ -55,11 +55,23 @@ def read_outcome(job: Job) -> Outcome:
             "top1": float(summary["top1"]),
             "seconds": float(summary["seconds"]),
         }
-        curve = [(record["epoch"], 100 - record["top1"]) for record in records]
+        curve = training_errors(records)
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{file} is not complete: remove {job.folder}, and the same command trains it again") from None
     gradients = [(record["step"], record["gradient_norms"]) for record in records if "gradient_norms" in record]
     return Outcome(job.seed, values, curve, gradients)
+
+
+def training_errors(records: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
+    """Epoch and training error, percent. A record that a save cut short is joined with the next: few steps jump."""
+    spans = [record["step"] - before["step"] for before, record in pairwise([{"step": 0}, *records])]
+    points, steps, right = [], 0, 0.0
+    for span, record in zip(spans, records, strict=True):
+        steps, right = steps + span, right + span * record["top1"]
+        if 2 * steps >= max(spans):
+            points.append((record["epoch"], 100 - right / steps))
+            steps, right = 0, 0.0
+    return points
 
 
 def last_epoch(records: Sequence[Mapping[str, Any]], key: str) -> float:
