@@ -194,6 +194,16 @@ def test_a_short_record_is_joined_with_the_next() -> None:
     assert outcome.training_errors(records) == [(1.0, 90.0), (2.0, 80.0), (3.0, 55.0)]
 
 
+def test_runs_that_were_stopped_are_drawn_where_all_have_points(tmp_path: Path) -> None:
+    row, norms = {"loss": 1.0}, {"conv1.weight": 2.0}
+    whole = [{**row, "step": s, "epoch": s / 4, "top1": 10.0 * s, "gradient_norms": norms} for s in (2, 4, 6)]
+    stopped = [*whole[:1], {**row, "step": 3, "epoch": 0.75, "top1": 35.0}, *whole[1:]]
+    runs = [outcome.read_outcome(write_run(tmp_path / name, rows)) for name, rows in (("a", whole), ("b", stopped))]
+    assert [point[0] for point in outcome.mean_curve(runs)] == [0.5, 1.0, 1.5]
+    assert outcome.mean_curve(runs)[0] == (0.5, 80, 80, 80)
+    assert outcome.mean_gradients(runs[::-1], lambda name: True)[0] == [2, 4, 6]
+
+
 def test_a_run_without_records_is_told(tmp_path: Path) -> None:
     job = write_run(tmp_path / "a", [])
     with pytest.raises(UserError, match="not complete: remove"):
@@ -340,11 +350,11 @@ def test_a_study_from_end_to_end(own_study: Path, tmp_path: Path) -> None:
             assert found["top1"]["values"][k] == summary["top1"]
             rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
             train = [row for row in rows if row["kind"] == "train"]
-            assert [row["step"] for row in train] == [4, 8, 12, 14]  # seven an epoch
+            assert [row["step"] for row in train][-3:] == [8, 12, 14]  # seven an epoch; a stop ends a record early
             assert found["train_error"]["values"][k] == pytest.approx(
                 100 - (4 * train[2]["top1"] + 2 * train[3]["top1"]) / 6
             )
-            assert all("layer3.2.conv2.weight" in row["gradient_norms"] for row in train)
+            assert all("layer3.2.conv2.weight" in row["gradient_norms"] for row in train[-3:])
             config = plan.load_config(folder / "config.yaml")
             assert (config.run.seed, config.model.plain, config.data.fraction) == (seed, name == "b-plain", 0.02)
 

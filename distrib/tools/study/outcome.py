@@ -89,25 +89,30 @@ def last_epoch(records: Sequence[Mapping[str, Any]], key: str) -> float:
 
 
 def mean_curve(outcomes: Sequence[Outcome]) -> list[tuple[float, float, float, float]]:
-    """Epoch, and mean, lowest and highest training error over the seeds."""
+    """Epoch, and mean, lowest and highest training error over the seeds, where all of them have a point.
+
+    A run that was stopped and went on has others besides.
+    """
+    curves = [dict(outcome.curve) for outcome in outcomes]
     points = []
-    for rows in zip(*(outcome.curve for outcome in outcomes), strict=True):
-        errors = [error for _, error in rows]
-        points.append((rows[0][0], sum(errors) / len(errors), min(errors), max(errors)))
+    for epoch in sorted(set(curves[0]).intersection(*curves[1:])):
+        errors = [curve[epoch] for curve in curves]
+        points.append((epoch, sum(errors) / len(errors), min(errors), max(errors)))
     return points
 
 
 def mean_gradients(
     outcomes: Sequence[Outcome], wanted: Callable[[str], bool]
 ) -> tuple[list[int], list[str], list[list[float]]]:
-    """Steps, layers, and the geometric mean over the seeds of each layer's norm at each step, [layers][steps]."""
-    steps = [step for step, _ in outcomes[0].gradients]
-    layers = [name for name in (outcomes[0].gradients[0][1] if steps else {}) if wanted(name)]
+    """Steps that all seeds measured, layers, and the geometric mean over the seeds of each norm, [layers][steps]."""
+    seeds = [dict(outcome.gradients) for outcome in outcomes]
+    steps = sorted(set(seeds[0]).intersection(*seeds[1:]))
+    layers = [name for name in (seeds[0][steps[0]] if steps else {}) if wanted(name)]
     table = []
     for layer in layers:
         row = []
-        for k in range(len(steps)):
-            norms = [outcome.gradients[k][1][layer] or math.nan for outcome in outcomes]  # a norm may be 0 or null
+        for step in steps:
+            norms = [measured[step][layer] or math.nan for measured in seeds]  # a norm may be 0 or null
             row.append(math.exp(sum(math.log(norm) for norm in norms) / len(norms)))
         table.append(row)
     return steps, layers, table
