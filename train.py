@@ -294,6 +294,7 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
     What must be let go of, however the run ends, goes to ``leaving``.
     """
     config = asked.config
+    check_network(config)
     runtime = start(asked.place, STOP, config.data.wait_minutes)
     device, precision = runtime.device, effective_precision(config.train.precision, runtime.device)
     set_up_device(device, precision, config.train.deterministic)
@@ -427,6 +428,18 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
         classes=names,
         progress=progress,
     )
+
+
+def check_network(config: Config) -> None:
+    """Looks for mistakes in the network's settings before a large data set is listed; only shapes are made.
+
+    Raises:
+        UserError: there is no such network, or none of its stages is the one to freeze.
+    """
+    with torch.device("meta"):
+        network = build_model(config.model.model_copy(update={"num_classes": 1}))
+    if config.optim.freeze is not None:
+        freeze(network, config.optim.freeze)
 
 
 def find_checkpoint(runtime: Runtime, folder: RunFolder, needed: bool, log: Log) -> Found | None:

@@ -152,9 +152,10 @@ def test_an_unknown_key(folder: Path, tmp_path: Path) -> None:
     assert "unknown key optim.momentun (command line); did you mean optim.momentum?" in line
 
 
-def test_an_unknown_network(tmp_path: Path) -> None:
-    line = refused(tmp_path, *SYNTHETIC, "model.name=resnet21", f"run.dir={tmp_path}/new")
-    assert "did you mean 'resnet" in line
+def test_an_unknown_network_is_told_before_the_data_is_looked_at(tmp_path: Path) -> None:
+    words = [f"data.root={tmp_path}/nothing", f"run.dir={tmp_path}/new"]
+    assert "did you mean 'resnet" in refused(tmp_path, *FILES, *words, "model.name=resnet21")
+    assert "optim.freeze 'layer9' is no stage" in refused(tmp_path, *FILES, *words, "optim.freeze=layer9")
 
 
 def test_more_ranks_than_images_in_a_batch(
