@@ -20,6 +20,7 @@ import torch
 import torchvision
 from PIL import Image
 
+from distrib.cli import load_config
 from distrib.config import ModelConfig, UserError
 from distrib.tools.study import jobs, outcome, plan, report
 from distrib.tools.study.compare import compare, p_value, table
@@ -123,7 +124,7 @@ def test_each_variant_and_seed_is_a_run(stand_in: Path, tmp_path: Path) -> None:
     assert jobs.train_all(others, 1, lambda: False, stand_in) == 1
 
 
-def test_the_name_of_a_run_is_its_settings(tmp_path: Path) -> None:
+def test_the_name_of_a_run_is_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def folder(text: str) -> Path:
         (tmp_path / "a.yaml").write_text(text)
         return plan.jobs_of(plan.Study("s", plan.About(title="t"), (variant,)), 1, tmp_path)[0].folder
@@ -133,6 +134,8 @@ def test_the_name_of_a_run_is_its_settings(tmp_path: Path) -> None:
     assert folder("# a remark\noptim:\n  lr: 0.3\n") == first
     assert folder("optim: {lr: 0.3}\nrun: {name: other}") == first
     assert folder("optim: {lr: 0.4}") != first
+    monkeypatch.setenv("WANDB_PROJECT", "another")
+    assert folder("optim: {lr: 0.3}") == first
 
 
 def test_a_run_that_fails_ends_the_study(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -355,11 +358,11 @@ def test_a_study_from_end_to_end(own_study: Path, tmp_path: Path) -> None:
                 100 - (4 * train[2]["top1"] + 2 * train[3]["top1"]) / 6
             )
             assert all("layer3.2.conv2.weight" in row["gradient_norms"] for row in train[-3:])
-            config = plan.load_config(folder / "config.yaml")
+            config = load_config(folder / "config.yaml")
             assert (config.run.seed, config.model.plain, config.data.fraction) == (seed, name == "b-plain", 0.02)
 
     # Again, there is nothing to train: the same table, at once.
-    again = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=60, check=False)
+    again = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=300, check=False)
     assert (again.returncode, again.stdout, again.stderr) == (0, done.stdout, "")
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distrib import program
+from distrib.cli import load_config
 from distrib.config import UserError
 from distrib.faults import FINISHED, STOPPED, StopSignals
 from distrib.options import Parser
@@ -100,8 +101,8 @@ def run(args: argparse.Namespace, behind: Sequence[str], stop: StopSignals) -> i
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make {output}: {error.strerror}: choose another --output") from None
-    configs = {variant.name: variant.config(0) for variant in study.variants}
-    macs = {name: size_of(config.model, config.data.size).macs for name, config in configs.items()}
+    asked = {variant.name: variant.config(0) for variant in study.variants}
+    macs = {name: size_of(config.model, config.data.size).macs for name, config in asked.items()}
     # The largest network of a seed first: what comes last is short, and no core waits long for it.
     began, left = time.monotonic(), sum(not job.finished for job in planned)
     code = jobs.train_all(sorted(planned, key=lambda job: (job.seed, -macs[job.variant])), args.jobs, stop.requested)
@@ -110,11 +111,9 @@ def run(args: argparse.Namespace, behind: Sequence[str], stop: StopSignals) -> i
             say(f"{stop.received or 'a run'}: stopped; the same command goes on")
         return code
     outcomes = collect(study, planned)
-    sizes = {}
-    for name, config in configs.items():
-        folder = next(job.folder for job in planned if job.variant == name)
-        settled = plan.load_config(folder / "config.yaml")  # which has the data's number of classes
-        sizes[name] = size_of(settled.model, config.data.size)
+    # Now that the number of classes is known.
+    settled = {job.variant: load_config(job.folder / "config.yaml") for job in planned}
+    sizes = {name: size_of(config.model, config.data.size) for name, config in settled.items()}
     markdown = report.as_markdown(study, outcomes, sizes)
     settings = {v.name: {"config": v.file, "overrides": list(v.overrides)} for v in study.variants}
     results = report.as_json(study, outcomes, sizes, settings)
@@ -131,8 +130,6 @@ def main(argv: Sequence[str]) -> int:
 
     def work(stop: StopSignals) -> int:
         args, behind = parse(argv)
-        if args.data is not None:
-            args.words.append(f"data.root={args.data}")
         return run(args, behind, stop)
 
     return program.run(work)

@@ -98,8 +98,8 @@ def jobs_of(study: Study, seeds: int, runs: Path) -> list[Job]:
     for seed in range(seeds):
         for variant in study.variants:
             config = variant.config(seed)
-            # Defaults are left out: a key that a later version adds changes no name.
-            settings = config.model_dump(mode="json", exclude_defaults=True)
+            # Defaults are left out: a key that a later version adds changes no name. W&B's come from the environment.
+            settings = config.model_dump(mode="json", exclude_defaults=True, exclude={"wandb"})
             settings["run"] = {"seed": seed}
             mark = zlib.crc32(json.dumps(settings, sort_keys=True).encode())
             folder = runs / f"{variant.name.replace('/', '-')}-{seed}-{mark:08x}"
