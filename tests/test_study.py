@@ -355,7 +355,7 @@ def test_a_study_from_end_to_end(own_study: Path, tmp_path: Path) -> None:
             train = [row for row in rows if row["kind"] == "train"]
             assert [row["step"] for row in train][-3:] == [8, 12, 14]  # seven an epoch; a stop ends a record early
             assert found["train_error"]["values"][k] == pytest.approx(
-                100 - (4 * train[2]["top1"] + 2 * train[3]["top1"]) / 6
+                100 - (4 * train[-2]["top1"] + 2 * train[-1]["top1"]) / 6
             )
             assert all("layer3.2.conv2.weight" in row["gradient_norms"] for row in train[-3:])
             config = load_config(folder / "config.yaml")
