@@ -325,13 +325,13 @@ def test_a_study_from_end_to_end(own_study: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
         command, cwd=tmp_path, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not list((tmp_path / "runs").glob("*/metrics.jsonl")):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    stopped = process.communicate(timeout=120)
+    stopped = process.communicate(timeout=240)
     assert process.returncode == 75, stopped
     assert "the same command goes on" in stopped[1]
     assert not list((tmp_path / "out").iterdir())
