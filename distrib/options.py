@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import os
 import re
 import shutil
 import sys
@@ -20,6 +21,7 @@ from distrib.config import Config, UserError
 from distrib.keys import NO_SETTING, REMARKS, TRUE_OR_FALSE, describe, find_kind, nearest, refuse, show, takes
 
 DEFAULT_CONFIG = "configs/resnet50.yaml"
+SETTING = re.compile(r"\w+(\.\w+)*=.*", re.DOTALL)
 # Settings with a second name, which people look for among the options.
 SHORT = {"--data": ("data.root", "DIR"), "--init-from": ("model.weights", "FILE")}
 
@@ -61,7 +63,7 @@ class Parser(argparse.ArgumentParser):
             word = argv.pop(0)
             flag, equals, value = word.partition("=")
             own = self._option_string_actions.get(flag) if flag not in SHORT else None
-            if own is not None or not flag.startswith("-") or flag == "--":
+            if own is not None or not flag.startswith("-") or flag in ("-", "--"):
                 words.append(word)
                 if own is not None and own.nargs != 0 and not equals and argv:
                     words.append(argv.pop(0))
@@ -97,6 +99,13 @@ class Parser(argparse.ArgumentParser):
             return f"{flag} is no option; settings are written key=value, `--help` shows them"
         remark = f" ({REMARKS[meant]})" if meant in REMARKS else ""
         return f"{flag} is no option; write {show(meant, kind.default if value is None else value)}{remark}"
+
+
+def settings_among(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The files and folders among ``words``, and the settings: ``key=value`` where there is no file of that name."""
+    settings = [bool(SETTING.fullmatch(word)) and not os.path.lexists(word) for word in words]
+    pairs = list(zip(words, settings, strict=True))
+    return [word for word, is_one in pairs if not is_one], [word for word, is_one in pairs if is_one]
 
 
 def add_settings(parser: Parser) -> None:

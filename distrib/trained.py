@@ -10,9 +10,9 @@ from pydantic import ValidationError
 from torch import nn
 
 from distrib.cli import change_config
-from distrib.config import Config, ModelConfig, UserError, settled
+from distrib.config import Config, UserError, settled
 from distrib.engine.inference import Classifier, fold
-from distrib.engine.prepare import DTYPES, effective_precision
+from distrib.engine.prepare import DTYPES, effective_precision, set_up_device
 from distrib.follow import follow_names
 from distrib.keys import find_kind
 from distrib.layout import imagenet
@@ -47,10 +47,18 @@ class Trained:
         """Whether the outputs are ImageNet's 1,000 classes, which files of other trainers do not say."""
         return self.outputs == len(imagenet.wnids()) and self.classes in (None, imagenet.wnids())
 
+    def names(self) -> tuple[str, ...] | None:
+        """The outputs' class folders, in order: the weights' own, or ImageNet's; None where nobody knows them."""
+        return imagenet.wnids() if self.is_imagenets else self.classes
+
+    def labels(self) -> list[str]:
+        """The class of each output, as its folder is called, or its number where nobody knows a name."""
+        names = self.names()
+        return [str(k) for k in range(self.outputs)] if names is None else list(names)
+
     def titles(self) -> list[str]:
-        """What a person calls each output: its class's name, or its number where nobody knows a name."""
-        names = imagenet.wnids() if self.is_imagenets else self.classes
-        return [str(k) for k in range(self.outputs)] if names is None else [imagenet.title(name) for name in names]
+        """What a person calls each output."""
+        return [imagenet.title(name) for name in self.labels()]
 
 
 def open_trained(
@@ -68,16 +76,19 @@ def open_trained(
     weights = read_weights(text, model or "resnet50", notify)
     if HEAD[0] not in weights.state:
         raise UserError(f"the weights {weights.source} have no last layer: there is nothing to tell classes apart")
-    begun = {key: value for key, value in dict(weights.config.get("model", {})).items() if key != "weights"}
-    asked = ModelConfig(**(begun | ({"name": model} if model else {})))
-    found = asked if weights.config and model is None else identify(weights, asked)
+    config = _config(weights.config)
+    asked = config.model.model_copy(update={"weights": None} | ({"name": model} if model else {}))
+    told = model is None and "model" in weights.config and asked.num_classes != "auto"
+    found = asked if told else identify(weights, asked)
     if found is None:
         raise UserError(f"the weights {weights.source} are of a network that is not here")
     if model is not None and found.name != model:
         raise UserError(f"the weights {weights.source} are of {found.name}, not {model}: leave --model out")
-    config = _config(weights.config).model_copy(update={"model": found})
-    config = change_config(follow_names(config), overrides)
-    network = build_model(config.model)
+    config = follow_names(change_config(config.model_copy(update={"model": found}), overrides))
+    with torch.device("meta"):  # all numbers come from the weights: none are drawn before
+        network = build_model(config.model)
+    # Not by to_empty, which imports sympy. Zeros, as older weights lack the norms' counters.
+    network._apply(lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype))
     fit(network, weights, config.model, weights.classes)
     return Trained(network.eval(), config, weights.classes, weights.source)
 
@@ -96,6 +107,24 @@ def for_use(trained: Trained, device: torch.device, exact: bool = False) -> Clas
     return Classifier(network, cfg.mean, cfg.std, DTYPES[precision]).eval().requires_grad_(False).to(device)
 
 
+def begin_use(trained: Trained, exact: bool, notify: Callable[[str], None]) -> tuple[Classifier, torch.device]:
+    """The network as ``for_use`` gives it, on this machine's GPU or else its CPU, with kernels that give the same bits
+    each time; ``notify`` hears of its arithmetic.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    classifier = for_use(trained, device, exact)
+    if device.type == "cuda":  # a CPU has no others, and torch's switch imports its compiler, for 2 s
+        set_up_device(device, "fp32" if classifier.dtype == torch.float32 else "bf16", deterministic=True)
+    notify(f"{trained.source}: {trained.config.model.name}, {trained.outputs} classes; {arithmetic(classifier, exact)}")
+    return classifier, device
+
+
+def arithmetic(classifier: Classifier, exact: bool) -> str:
+    """In what ``classifier`` computes: "bf16, folded"."""
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[classifier.dtype]
+    return f"{name}, " + ("as trained" if exact else "batch norms folded (--exact: fp32, as trained)")
+
+
 def output_of(folders: Sequence[str], trained: Trained) -> list[int]:
     """For each class folder the network's output that is meant.
 
@@ -104,8 +133,15 @@ def output_of(folders: Sequence[str], trained: Trained) -> list[int]:
     Raises:
         UserError: a folder is none of the network's classes, or their number differs where it knows no names.
     """
-    if trained.is_imagenets and (found := imagenet.outputs(folders)) is not None:
-        return found
+    if trained.is_imagenets:
+        if (found := imagenet.outputs(folders)) is not None:
+            return found
+        strange = [name for name in folders if name not in imagenet.wnids()]
+        if len(strange) < len(folders):  # some are told by id, and the order of such a mixture tells nothing
+            more = f", nor are {len(strange) - 1} more" if strange[1:] else ""
+            raise UserError(
+                f"the class folder {shown(strange[0])} is none of ImageNet's 1,000{more}: leave it out (data.classes)"
+            )
     if trained.classes is None:
         if len(folders) != trained.outputs:
             raise UserError(

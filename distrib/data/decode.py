@@ -14,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.io import ImageReadMode, decode_image  # deprecated for torchcodec since 0.29; used here only
 
 from distrib.data.files import first_line
+from distrib.data.vision import ImageReadMode, decode_image
 
 MOST_PIXELS = 1 << 29  # a damaged header may claim any size: what is beyond is refused before memory is asked for
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own, lower limit is no fault of a picture

@@ -1,16 +1,22 @@
-"""Single pictures and folders of them, without classes, as an index that the loaders take."""
+"""Single pictures and folders of them, without classes: found, put into an index that the loaders take, and loaded."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
 
-from distrib.config import UserError
+from distrib.config import DataConfig, UserError
+from distrib.data import EvalPlan, build_loader
+from distrib.data.files import FLAGS, first_line
 from distrib.data.index import Index, Listing, write_index
-from distrib.layout.folders import shown, walk
+from distrib.layout.folders import reason, shown, walk
 from distrib.layout.splits import Split
 
 
@@ -27,7 +33,7 @@ def find_pictures(paths: Iterable[str]) -> tuple[list[Path], list[str]]:
     for text in paths:
         path = Path(os.path.expanduser(text))
         inside: list[Path] = []
-        if path.is_dir():
+        if os.path.isdir(path):
             above, own = os.path.split(os.fsencode(os.path.abspath(path)))
             for folder in walk(Path(os.fsdecode(above)), own):
                 here = path / os.fsdecode(os.path.relpath(folder.path, own))
@@ -53,3 +59,69 @@ def index_pictures(files: Sequence[Path], folder: Path) -> Index:
     names = [os.path.relpath(path, root) for path in absolute]
     split = Split("val", Path(os.fsdecode(root)))
     return write_index(folder, Listing(split, [b"."], [0], {}, names, np.zeros(len(names), dtype=np.int32)))
+
+
+def find_readable(paths: Iterable[str], notify: Callable[[str], None]) -> tuple[list[Path], int]:
+    """The files that ``paths`` name and that can be opened, in order; and how many cannot, of which ``notify`` hears.
+
+    Raises:
+        UserError: a folder cannot be read, or holds no picture; or nothing is named at all.
+    """
+    found, missing = find_pictures(paths)
+    if not found and not missing:
+        raise UserError("no picture is named: give files or folders, or - for a list of them on stdin")
+    readable: list[Path] = []
+    for path in [*missing, *found]:
+        try:
+            os.close(os.open(os.path.expanduser(path), FLAGS))
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+            notify(f"cannot read {shown(path)}: {first_line(error)}")
+        else:
+            readable.append(Path(path))
+    return readable, len(missing) + len(found) - len(readable)
+
+
+def load_pictures(
+    files: Sequence[Path],
+    cfg: DataConfig,
+    device: torch.device,
+    batch: int,
+    notify: Callable[[str], None],
+    stop: Callable[[], bool] = lambda: False,
+    *,
+    of: int | None = None,
+) -> Iterator[tuple[torch.Tensor, npt.NDArray[np.bool_]]]:
+    """Loads ``files`` in order, ``batch`` at a time, with the run's loader; ``notify`` hears which are no pictures.
+
+    Args:
+        of: how many the command is about, where ``files`` are the rest of them. No more than a batch are decoded in
+            this process, with torchvision: to start threads or processes would take longer.
+
+    Yields:
+        uint8 [n, 3, size, size] on ``device``, and bool [n]: which of them are pictures.
+
+    Raises:
+        DataUnavailable: many could be read before and cannot now, or the disk stayed away.
+        Interrupted: ``stop()`` while pictures did not come.
+        UserError: there is no room for temporary files.
+    """
+
+    def tell(text: str) -> None:  # of evaluation, which counts
+        notify(text.removesuffix(" in this start").removesuffix("; not counted"))
+
+    if not files:
+        return
+    if (len(files) if of is None else of) <= batch:
+        cfg = cfg.model_copy(update={"loader": "torchvision", "workers": 0})
+    try:
+        scratch = tempfile.TemporaryDirectory(prefix="distrib-pictures-")
+    except OSError as error:
+        raise UserError(f"cannot write temporary files: {reason(error)} (TMPDIR names another place)") from None
+    with scratch as name:
+        # A bad sample is replaced by the next good one, and there must be one, or the loader ends with an error.
+        stand_in = Path(name, "black.png")
+        Image.new("RGB", (1, 1)).save(stand_in)
+        index = index_pictures([*files, stand_in], Path(name))
+        loader = build_loader(cfg, (index, index), 1, device, notify=tell, stop=stop)
+        for each in loader.evaluate(EvalPlan(len(files), batch)):
+            yield each.images, (each.labels >= 0).cpu().numpy()

@@ -22,9 +22,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
-from torchvision.transforms.v2 import functional as F
 
 from distrib.config import DataConfig, settled
+from distrib.data import vision as F
 from distrib.data.decode import ContentError, decode, jpeg_shape
 from distrib.data.draws import crop_boxes, draws, flips
 from distrib.data.fetch import Bad, Fetcher

@@ -182,6 +182,8 @@ class ResNet(nn.Sequential):
 
     def _initialise(self, zero_gamma: bool) -> None:
         """He et al. 2015, arXiv 1502.01852, for convolutions; norms are the identity or, last in a block, zero."""
+        if self.fc.weight.is_meta:  # shapes alone are wanted; random numbers there import torch's compiler, for 2 s
+            return
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
