@@ -172,7 +172,7 @@ def _config(values: object) -> Config:
     try:
         return Config.model_validate(parts)
     except ValidationError as error:
-        key = ".".join(map(str, error.errors()[0]["loc"]))
+        key = ".".join(map(str, error.errors()[0]["loc"][:2]))  # below are names of types
         raise UserError(
             f"the checkpoint's configuration is of another version: {key} is not what it takes here"
         ) from None

@@ -52,7 +52,7 @@ def randomised(net: nn.Module) -> nn.Module:
             norm.running_mean.normal_(0, 0.2, generator=generator)
             norm.running_var.uniform_(0.5, 2, generator=generator)
     with torch.inference_mode():
-        assert net.eval()(images(2, 3, 48, 48)).diff(dim=0).abs().max() > 0.01
+        assert net.eval()(images(2, 3, 48, 48)).diff(dim=0).abs().max() > 1e-4  # without shortcuts little arrives
     return net
 
 

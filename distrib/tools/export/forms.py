@@ -67,8 +67,7 @@ def look_at(name: str, path: Path) -> Form:
         )
     missing = [package for package in form.packages if find_spec(package) is None]
     if missing:
-        verb = "is" if len(missing) == 1 else "are"
-        raise UserError(
-            f"--to {name} needs {' and '.join(missing)}, which {verb} not installed: pip install 'distrib[export]'"
-        )
+        *others, last = missing
+        named = f"{', '.join(others)}{' and ' * bool(others)}{last}, which {'are' if others else 'is'} not installed"
+        raise UserError(f"--to {name} needs {named}: pip install 'distrib[export]'")
     return form
