@@ -104,7 +104,7 @@ class Run:
         """Trains to the end, or to the step at which all ranks agree to stop; returns the exit code."""
         config, progress = self.config, self.progress
         agreement = Agreement(self.runtime.control)
-        meter = TrainMeter(self.runtime, self.plan, self.total_steps, progress.seconds)
+        meter = TrainMeter(self.runtime, self.plan, self.total_steps, progress.seconds, self.step.names)
         trace = Trace(self.folder.trace, self.plan, self.log.warning) if config.trace else None
         timer = SaveTimer(config.checkpoint.every_minutes)
         stream = self.loader.train(self.plan, progress.step, self.total_steps)
@@ -397,7 +397,18 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
         if progress.step == plan.length(before["epochs"], before["steps"]) < total_steps:
             log.message(words.lengthened(total_steps, schedule(progress.step), newest))
     batch, clip = plan.global_batch, config.train.clip_grad_norm
-    step = TrainStep(call, ddp, optimizer, scaler, ema, world=runtime.world, global_batch=batch, clip_grad_norm=clip)
+    layers = dict(network.named_parameters()) if config.log.layers else None
+    step = TrainStep(
+        call,
+        ddp,
+        optimizer,
+        scaler,
+        ema,
+        world=runtime.world,
+        global_batch=batch,
+        clip_grad_norm=clip,
+        layers=layers,
+    )
     return Run(
         config=config,
         runtime=runtime,

@@ -289,6 +289,8 @@ class LogConfig(Part):
 
     every_steps: PositiveInt = 50
     """Steps from one line in the console, metrics.jsonl and W&B to the next."""
+    layers: bool = False
+    """Also write the norm of each parameter's gradient, in metrics.jsonl and W&B."""
 
 
 class WandbConfig(Part):

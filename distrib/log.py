@@ -484,6 +484,8 @@ def _in_wandbs_names(record: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
             summary[f"best/{key.removeprefix(BEST)}"] = value
         elif key in ("step", "epoch"):
             history[key] = value
+        elif isinstance(value, Mapping):  # of each layer
+            history |= {f"{record['kind']}/{key}/{name}": inner for name, inner in value.items()}
         elif key != "kind":
             history[f"{record['kind']}/{key}"] = value
     return history, summary

@@ -23,11 +23,16 @@ class TrainMeter:
     Time is counted from one ``add`` to the next, or from ``resume``, before which an evaluation may have passed.
     """
 
-    def __init__(self, runtime: Runtime, plan: TrainPlan, total_steps: int, before: float = 0.0) -> None:
+    def __init__(
+        self, runtime: Runtime, plan: TrainPlan, total_steps: int, before: float = 0.0, layers: Sequence[str] = ()
+    ) -> None:
+        """``layers``: the names that belong to ``add``'s ``gradient_norms``."""
         self._runtime, self._plan, self._total = runtime, plan, total_steps
+        self._layers = tuple(layers)
         self._before = before  # seconds trained by earlier starts of this run
         self._loss, self._right = self._zeros()
         self._gradient_norm: torch.Tensor | None = None
+        self._gradient_norms: torch.Tensor | None = None
         self._posted: Callable[[], dict[str, Any]] | None = None
         self._steps = self._all_steps = 0
         self._wait = self._busy = self._all_busy = 0.0
@@ -46,11 +51,20 @@ class TrainMeter:
         self._wait += time.perf_counter() - began
         return batches
 
-    def add(self, loss: torch.Tensor, right: torch.Tensor, gradient_norm: torch.Tensor | None = None) -> None:
-        """Counts one step: this rank's summed loss [], how many images it had right [], the gradient's norm []."""
+    def add(
+        self,
+        loss: torch.Tensor,
+        right: torch.Tensor,
+        gradient_norm: torch.Tensor | None = None,
+        gradient_norms: torch.Tensor | None = None,
+    ) -> None:
+        """Counts one step: this rank's summed loss [], how many images it had right [], the gradient's norm [].
+
+        ``gradient_norms``: the norm of each layer's gradient [layers].
+        """
         self._loss += loss
         self._right += right
-        self._gradient_norm = gradient_norm
+        self._gradient_norm, self._gradient_norms = gradient_norm, gradient_norms
         self._steps += 1
         now = time.perf_counter()
         self._busy += now - self._mark
@@ -64,7 +78,7 @@ class TrainMeter:
         """Ends the interval at ``step``; returns the records that are ready. All ranks must call it.
 
         On a GPU that is the interval before, which is there without a wait; on a CPU this one too. ``gradient_norm``
-        stands in a record whose last step measured it, on all ranks or on none.
+        stands in a record whose last step measured it, on all ranks or on none; ``gradient_norms`` likewise.
         """
         records = self._posted_records()
         images = self._steps * self._plan.global_batch
@@ -85,10 +99,19 @@ class TrainMeter:
         }
         if self._gradient_norm is not None:  # equal on all ranks
             sums["gradient_norm"] = self._gradient_norm.double() / self._runtime.world
-        read = self._runtime.sum_later(torch.stack(list(sums.values())))
+        numbers, layers = torch.stack(list(sums.values())), self._layers
+        if self._gradient_norms is None:
+            layers = ()
+        else:  # in the same transfer
+            numbers = torch.cat([numbers, self._gradient_norms.double() / self._runtime.world])
+        read = self._runtime.sum_later(numbers)
 
         def resolve() -> dict[str, Any]:
-            return {**known, **dict(zip(sums, read().tolist(), strict=True))}
+            values = read().tolist()
+            record = {**known, **dict(zip(sums, values[: len(sums)], strict=True))}
+            if layers:
+                record["gradient_norms"] = dict(zip(layers, values[len(sums) :], strict=True))
+            return record
 
         self._posted = resolve
         self._all_steps, self._all_busy = self._all_steps + self._steps, self._all_busy + self._busy

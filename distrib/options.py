@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, parts: Sequence[str | None] = (None,), **options: Any) -> None:
-        """``parts``: those of the settings that ``--help`` shows; None: all."""
+        """``parts``: those of the settings that ``--help`` shows, if any; None: all."""
         super().__init__(allow_abbrev=False, add_help=False, **options)
         self._parts = parts
         self.add_argument(
@@ -51,7 +51,8 @@ class Parser(argparse.ArgumentParser):
             follows = argv[asked + 1] if asked + 1 < len(argv) and re.fullmatch(r"[\w.]+", argv[asked + 1]) else None
             part = argv[asked].partition("=")[2] or follows
             settings = "\n\n".join(map(settings_help, [part] if part else self._parts))
-            print(settings if part else f"{self.format_help()}\nsettings:\n\n{settings}")
+            title = "\nsettings:\n\n" if settings else ""
+            print(settings if part else f"{self.format_help()}{title}{settings}")
             sys.exit(0)
         return self.parse_intermixed_args(self._without_dashes(list(argv)))
 

@@ -307,6 +307,19 @@ def test_dumb_terminal_gets_plain_lines(monkeypatch):
     assert "\x1b" not in terminal.getvalue()
 
 
+def test_layers_norms_are_in_the_file_and_not_in_the_console(tmp_path):
+    stream = io.StringIO()
+    console, file = ConsoleSink(STEPS, STEPS_PER_EPOCH, CLASSES, stream), JsonlSink(tmp_path / "metrics.jsonl")
+    for norms in ({}, {"gradient_norms": {"conv1.weight": 1.5, "fc.bias": math.inf}}):
+        for sink in (console, file):
+            sink.record({**TRAIN, **norms})
+    file.close(0)
+    plain, with_norms = stream.getvalue().splitlines()
+    assert plain == with_norms
+    written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert written == [TRAIN, {**TRAIN, "gradient_norms": {"conv1.weight": 1.5, "fc.bias": None}}]
+
+
 def test_run_ids_differ_and_are_safe(monkeypatch):
     monkeypatch.delenv("WANDB_RUN_ID", raising=False)
     ids = {new_run_id() for _ in range(100)}
@@ -512,7 +525,8 @@ def test_wandb_summary_has_what_runs_are_compared_by(tmp_path):
     body = """
         sink = make("offline")
         best = {"best_step": 1, "best_top1": 70.0}
-        sink.record({"kind": "train", "step": 1, "epoch": 0.1, "top1": 60.0, "gradient_norm": 2.5})
+        norms = {"gradient_norm": 2.5, "gradient_norms": {"conv1.weight": 1.5, "fc.bias": 2.0}}
+        sink.record({"kind": "train", "step": 1, "epoch": 0.1, "top1": 60.0, **norms})
         sink.record({"kind": "eval", "step": 1, "epoch": 0.1, "top1": 70.0, **best})
         sink.record({"kind": "train", "step": 2, "epoch": 0.2, "top1": 61.0, "gradient_norm": 1.5})
         sink.record({"kind": "eval", "step": 2, "epoch": 0.2, "top1": 68.0, **best})
@@ -531,6 +545,8 @@ def test_wandb_summary_has_what_runs_are_compared_by(tmp_path):
         "epoch": 0.3,
         "train/top1": 62.0,
         "train/gradient_norm": 1.5,
+        "train/gradient_norms/conv1.weight": 1.5,
+        "train/gradient_norms/fc.bias": 2.0,
         "eval/top1": 68.0,
         "best/step": 1,
         "best/top1": 70.0,

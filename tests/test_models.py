@@ -15,7 +15,8 @@ from distrib.models import MODEL_NAMES, build_model
 from distrib.models.resnet import BasicBlock, Bottleneck
 
 SMALL = {"resnet20": 0.27, "resnet32": 0.46, "resnet44": 0.66, "resnet56": 0.85, "resnet110": 1.7}
-TORCHVISION = [name for name in MODEL_NAMES if name not in SMALL]
+CARDINALITY = {"resnext29_1x16d": (16, 1), "resnext29_2x10d": (20, 2), "resnext29_4x6d": (24, 4)}  # C × d, C
+TORCHVISION = [name for name in MODEL_NAMES if name not in SMALL and name not in CARDINALITY]
 
 
 @pytest.fixture(autouse=True)
@@ -106,6 +107,29 @@ def test_small_nets_have_the_papers_parameters(name: str, millions: float) -> No
     count = sum(parameter.numel() for parameter in net.parameters()) / 1e6
     assert round(count, 1 if name == "resnet110" else 2) == millions
     assert not any("downsample" in key for key in net.state_dict())
+
+
+@pytest.mark.parametrize(("name", "inner", "groups"), [(name, *sizes) for name, sizes in CARDINALITY.items()])
+def test_narrow_resnexts_have_the_groups_that_they_are_called_after(name: str, inner: int, groups: int) -> None:
+    net = build(name, num_classes=10)
+    for k, block in enumerate(blocks(net)):
+        width = inner * 2 ** (k // 3)
+        assert block.conv2.weight.shape == (width, width // groups, 3, 3)
+        assert block.conv2.groups == groups
+        assert block.conv3.weight.shape == (64 * 2 ** (k // 3), width, 1, 1)
+    assert net(torch.zeros(2, 3, 16, 16)).shape == (2, 10)
+
+
+def test_more_groups_cost_no_parameters() -> None:
+    # Of a block behind the first one, with D channels in C groups within a width of 64: 2·64·D + 9·D²/C.
+    ours, counted = [], []
+    for name, (inner, groups) in CARDINALITY.items():
+        ours.append(2 * 64 * inner + 9 * inner**2 // groups)
+        block = blocks(build(name))[1]
+        assert sum(conv.weight.numel() for conv in (block.conv1, block.conv2, block.conv3)) == ours[-1]
+        counted.append(sum(p.numel() for p in build(name, num_classes=10).parameters()))
+    assert max(ours) / min(ours) < 1.004
+    assert max(counted) / min(counted) < 1.013
 
 
 @pytest.mark.parametrize("name", MODEL_NAMES)

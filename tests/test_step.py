@@ -215,12 +215,16 @@ def numbers(runtime: Runtime, accumulation: int, global_batch: int, **settings: 
     return int(result.right), None if result.gradient_norm is None else float(result.gradient_norm)
 
 
-def train_records(runtime: Runtime, measured: tuple[bool, bool]) -> list[dict[str, Any]]:
+def train_records(
+    runtime: Runtime, measured: tuple[bool, bool], layers_too: bool = False, **settings: Any
+) -> list[dict[str, Any]]:
     """What the meter makes of two such steps, whose learning rate is 0."""
-    plan = TrainPlan(IMAGES, 31, 0, runtime.rank, runtime.world)
+    plan = TrainPlan(IMAGES, 31, 0, runtime.rank, runtime.world, settings.pop("accumulation", 1))
     objective = Objective(plain_net(), MEAN, STD, torch.float32)
     call, ddp = wrap(objective, TrainConfig(compile=False), runtime)
-    step, meter = make_step(call, ddp, torch.optim.SGD(objective.parameters()), plan), TrainMeter(runtime, plan, 8)
+    layers = dict(objective.network.named_parameters()) if layers_too else None
+    step = make_step(call, ddp, torch.optim.SGD(objective.parameters()), plan, layers=layers, **settings)
+    meter = TrainMeter(runtime, plan, 8, layers=step.names)
     for measure_norm in measured:
         meter.add(*step(make_batches(plan, 1), 1, 0.0, measure_norm=measure_norm))
     return meter.flush(2, 0.0)
@@ -255,6 +259,62 @@ def test_a_record_has_the_norm_of_its_last_step_or_none() -> None:
     assert record["gradient_norm"] == pytest.approx(norm, rel=1e-5)
     (record,) = train_records(ALONE, (True, False))
     assert "gradient_norm" not in record
+
+
+def expected_norms() -> dict[str, float]:
+    """The norm of each parameter's gradient of that batch's mean loss, by autograd alone."""
+    net, logits, labels = plain_forward(31)
+    functional.cross_entropy(logits, labels).backward()
+    return {
+        name: float(p.grad.double().pow(2).sum().sqrt()) for name, p in net.named_parameters() if p.grad is not None
+    }
+
+
+def assert_norms(record: dict[str, Any]) -> None:
+    expected = expected_norms()
+    assert list(record["gradient_norms"]) == list(expected)
+    assert record["gradient_norms"] == pytest.approx(expected, rel=1e-5)
+    whole = sum(norm**2 for norm in record["gradient_norms"].values()) ** 0.5
+    assert record["gradient_norm"] == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_a_record_has_each_layers_norm_before_clipping(clip: float | None, accumulation: int) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    settings = {"clip_grad_norm": clip, "accumulation": accumulation, "scaler": scaler}
+    (record,) = train_records(ALONE, (False, True), layers_too=True, **settings)
+    assert_norms(record)
+    (record,) = train_records(ALONE, (True, False), layers_too=True)
+    assert "gradient_norms" not in record
+
+
+def test_layers_that_do_not_train_have_no_norm() -> None:
+    net = plain_net()
+    net[0].requires_grad_(False)
+    plan = TrainPlan(IMAGES, 31, 0)
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
+    step = make_step(
+        Objective(net, MEAN, STD, torch.float32), None, optimizer, plan, layers=dict(net.named_parameters())
+    )
+    norms = step(make_batches(plan, 1), 1, 0.0, measure_norm=True).gradient_norms
+    found = dict(zip(step.names, norms.tolist(), strict=True))
+    expected = {name: norm for name, norm in expected_norms().items() if not name.startswith("0.")}
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_measuring_layers_changes_no_bit(clip: float | None) -> None:
+    runs = []
+    for layers_too in (False, True):
+        net = norm_net()
+        plan = TrainPlan(IMAGES, 11, 0, accumulation=2)
+        layers = dict(net.named_parameters()) if layers_too else None
+        objective, optimizer = Objective(net, MEAN, STD, torch.float32), build_optimizer(net, OptimConfig(), 0.1)
+        step = make_step(objective, None, optimizer, plan, clip_grad_norm=clip, layers=layers)
+        results = [step(make_batches(plan, i), i, 0.1, measure_norm=True) for i in range(3)]
+        runs.append([*(r.loss for r in results), *(r.gradient_norm for r in results), *net.state_dict().values()])
+    assert_equal(*runs)
 
 
 @pytest.mark.parametrize("clip", [None, 0.1])
@@ -420,6 +480,7 @@ def on_rank(runtime: Runtime) -> dict[str, Any]:
     found: dict[str, Any] = {"gradients": {cut: gradients(runtime, *cut) for cut in CUTS}}
     found["numbers"] = [numbers(runtime, *cut) for cut in NUMBERS_CUTS]
     found["records"] = train_records(runtime, (False, True))
+    found["layers"] = train_records(runtime, (False, True), layers_too=True)
     run = small_run(runtime)
     run.train(0, 3)
     found["own"], found["weights"] = own(run), copied(run.state.weights())
@@ -487,6 +548,12 @@ def test_a_record_is_of_all_ranks(ranks: list[dict[str, Any]]) -> None:
         assert record["loss"] == pytest.approx(written_out(31)[1] / 31, rel=1e-6)
         assert record["top1"] == pytest.approx(100 * right / 31)
         assert record["gradient_norm"] == pytest.approx(norm, rel=1e-5)
+
+
+def test_each_layers_norm_is_of_the_whole_batch(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["layers"] == [{**rank["layers"][0], "gradient_norms": ranks[0]["layers"][0]["gradient_norms"]}]
+        assert_norms(rank["layers"][0])
 
 
 @pytest.mark.parametrize("when", ["own", "end"])

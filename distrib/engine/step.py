@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -19,11 +19,13 @@ class StepResult(NamedTuple):
     right: how many of this rank's images were classified right, int64 [].
     gradient_norm: L2 norm of the global batch's mean gradient over all parameters, before clipping, fp32 [], equal on
         all ranks; None where it was not measured. Not finite in a step that the loss scaler skips.
+    gradient_norms: the same of each parameter alone, fp32 [``TrainStep.names``]; None where it was not asked for.
     """
 
     loss: torch.Tensor
     right: torch.Tensor
     gradient_norm: torch.Tensor | None = None
+    gradient_norms: torch.Tensor | None = None
 
 
 class TrainStep:
@@ -44,11 +46,19 @@ class TrainStep:
         world: int,
         global_batch: int,
         clip_grad_norm: float | None = None,
+        layers: Mapping[str, torch.nn.Parameter] | None = None,
     ) -> None:
+        """``layers``: parameters whose own norms are measured where the gradient's is; those that train alone count."""
         self._call, self._ddp, self._optimizer, self._scaler, self._ema = call, ddp, optimizer, scaler, ema
         self._weight = world / global_batch
         self._clip = clip_grad_norm
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._layers = {name: p for name, p in (layers or {}).items() if p.requires_grad}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Which parameters ``StepResult.gradient_norms`` belong to."""
+        return tuple(self._layers)
 
     def __call__(self, batches: Sequence[Batch], step: int, lr: float, measure_norm: bool = False) -> StepResult:
         """Trains step ``step``, counted from 0; ``measure_norm``: also where nothing is clipped."""
@@ -63,21 +73,29 @@ class TrainStep:
                 self._scaler.scale(loss * self._weight).backward()
             losses.append(loss.detach())
             counts.append(right)
-        norm = self._clip_and_measure() if measure_norm or self._clip is not None else None
+        norm = norms = None
+        if measure_norm or self._clip is not None:
+            self._scaler.unscale_(self._optimizer)
+            norms = self._measure_layers() if measure_norm and self._layers else None
+            norm = self._clip_and_measure()
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
         if self._ema is not None and (step + 1) % self._ema.every == 0:
             self._ema.update()
-        return StepResult(_sum(losses), _sum(counts), norm)
+        return StepResult(_sum(losses), _sum(counts), norm, norms)
 
     def _clip_and_measure(self) -> torch.Tensor:
-        """The norm of the gradient, which is unscaled for it and then clipped where that is asked for."""
-        self._scaler.unscale_(self._optimizer)
+        """The norm of the gradient, which is then clipped where that is asked for."""
         if self._clip is not None:
             return torch.nn.utils.clip_grad_norm_(self._parameters, self._clip, foreach=True)
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         return torch.nn.utils.get_total_norm(gradients, foreach=True)
+
+    def _measure_layers(self) -> torch.Tensor:
+        """The norm of each layer's gradient, before it is clipped; 0 for one that the loss does not depend on."""
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._layers.values()]
+        return torch.stack(torch._foreach_norm(gradients))
 
 
 def _sum(values: Sequence[torch.Tensor]) -> torch.Tensor:

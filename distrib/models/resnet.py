@@ -116,7 +116,7 @@ class Architecture:
     block: type[BasicBlock] | type[Bottleneck]
     depths: tuple[int, ...]  # blocks in each stage
     width: int = 64  # channels of the stem, and of the first stage before the block's expansion
-    widen: int = 1  # channels of the 3×3 over the stage's width
+    widen: float = 1  # channels of the 3×3 over the stage's width
     groups: int = 1  # groups of the 3×3
     stem: Literal["imagenet", "small"] = "imagenet"
     projection: bool = True  # where the shape changes: a 1×1 convolution (option B) or zero padding (option A)
@@ -141,6 +141,10 @@ ARCHITECTURES = {
         f"resnet{6 * n + 2}": Architecture(BasicBlock, (n, n, n), width=16, stem="small", projection=False)
         for n in (3, 5, 7, 9, 18)
     },
+    # Xie et al., section 5.3, narrow, and with the sizes of table 2: more groups, as many parameters (to 1.3 %)
+    "resnext29_1x16d": Architecture(Bottleneck, (3, 3, 3), width=16, stem="small"),
+    "resnext29_2x10d": Architecture(Bottleneck, (3, 3, 3), width=16, widen=1.25, groups=2, stem="small"),
+    "resnext29_4x6d": Architecture(Bottleneck, (3, 3, 3), width=16, widen=1.5, groups=4, stem="small"),
 }
 
 MODEL_NAMES = tuple(ARCHITECTURES)
@@ -193,7 +197,7 @@ def _stage(arch: Architecture, inputs: int, width: int, depth: int, stride: int,
     blocks = []
     for _ in range(depth):
         shortcut = None if plain else _shortcut(inputs, outputs, stride, arch.projection)
-        blocks.append(arch.block(inputs, width * arch.widen, outputs, stride, arch.groups, shortcut))
+        blocks.append(arch.block(inputs, int(width * arch.widen), outputs, stride, arch.groups, shortcut))
         inputs, stride = outputs, 1
     return nn.Sequential(*blocks)
 
