@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -71,13 +71,13 @@ def find_readable(paths: Iterable[str], notify: Callable[[str], None]) -> tuple[
     if not found and not missing:
         raise UserError("no picture is named: give files or folders, or - for a list of them on stdin")
     readable: list[Path] = []
-    for path in [*missing, *found]:
+    for path in [*map(Path, missing), *found]:
         try:
             os.close(os.open(os.path.expanduser(path), FLAGS))
         except (OSError, ValueError) as error:  # ValueError: a NUL in the name
             notify(f"cannot read {shown(path)}: {first_line(error)}")
         else:
-            readable.append(Path(path))
+            readable.append(path)
     return readable, len(missing) + len(found) - len(readable)
 
 
@@ -90,7 +90,7 @@ def load_pictures(
     stop: Callable[[], bool] = lambda: False,
     *,
     of: int | None = None,
-) -> Iterator[tuple[torch.Tensor, npt.NDArray[np.bool_]]]:
+) -> Generator[tuple[torch.Tensor, npt.NDArray[np.bool_]], None, None]:
     """Loads ``files`` in order, ``batch`` at a time, with the run's loader; ``notify`` hears which are no pictures.
 
     Args:
