@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from distrib.config import UserError
-from distrib.faults import FAILED, FINISHED, STOPPED, USER_ERROR, Failure, Interrupted, StopSignals
+from distrib.faults import FAILED, FINISHED, STOPPED, USER_ERROR, Failure, Interrupted, StopSignals, report_exit
 from distrib.layout.folders import reason, shown
+from distrib.place import find_place
 from distrib.surroundings import settle
 
 Tell = Callable[[int, int], None]  # hears how much is done, and of how much
@@ -19,21 +20,31 @@ Tell = Callable[[int, int], None]  # hears how much is done, and of how much
 def run(work: Callable[[StopSignals], int | None]) -> int:
     """Does a tool's work; returns the exit code: the work's own (None: 0), 75 stopped, 2 the user's to mend, 1 failed.
 
-    What the user may mend, and what stopped it, is one line.
+    What the user may mend, and what stopped it, is one line; of several ranks that met the same, rank 0 tells it.
     """
     stop = StopSignals()
     settle()
     try:
         return work(stop) or FINISHED
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
+        if _is_first() or not error.everywhere:
+            print(f"error: {error}", file=sys.stderr)
+        return report_exit(USER_ERROR, str(error))
     except Failure as error:
         print(f"error: {error}", file=sys.stderr)
-        return FAILED
+        return report_exit(FAILED, str(error))
     except (Interrupted, KeyboardInterrupt):
-        print(f"stopped ({stop.received or 'on request'}) before the end", file=sys.stderr)
-        return STOPPED
+        if _is_first():
+            print(f"stopped ({stop.received or 'on request'}) before the end", file=sys.stderr)
+        return report_exit(STOPPED, "stopped before the end")
+
+
+def _is_first() -> bool:
+    """Whether this is rank 0, or alone."""
+    try:
+        return find_place(os.environ).rank == 0
+    except UserError:  # the variables that say so are wrong, which is told
+        return True
 
 
 def say(text: str) -> None:

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from distrib.cli import change_config
-from distrib.config import Config, ModelConfig, UserError, settled
+from distrib.config import Config, UserError, settled
 from distrib.engine.inference import Classifier, fold
 from distrib.engine.prepare import DTYPES, effective_precision, set_up_device
 from distrib.follow import follow_names
@@ -47,14 +47,18 @@ class Trained:
         """Whether the outputs are ImageNet's 1,000 classes, which files of other trainers do not say."""
         return self.outputs == len(imagenet.wnids()) and self.classes in (None, imagenet.wnids())
 
-    def names(self) -> list[str]:
+    def names(self) -> tuple[str, ...] | None:
+        """The outputs' class folders, in order: the weights' own, or ImageNet's; None where nobody knows them."""
+        return imagenet.wnids() if self.is_imagenets else self.classes
+
+    def labels(self) -> list[str]:
         """The class of each output, as its folder is called, or its number where nobody knows a name."""
-        names = imagenet.wnids() if self.is_imagenets else self.classes
+        names = self.names()
         return [str(k) for k in range(self.outputs)] if names is None else list(names)
 
     def titles(self) -> list[str]:
         """What a person calls each output."""
-        return [imagenet.title(name) for name in self.names()]
+        return [imagenet.title(name) for name in self.labels()]
 
 
 def open_trained(
@@ -72,15 +76,15 @@ def open_trained(
     weights = read_weights(text, model or "resnet50", notify)
     if HEAD[0] not in weights.state:
         raise UserError(f"the weights {weights.source} have no last layer: there is nothing to tell classes apart")
-    begun = {key: value for key, value in dict(weights.config.get("model", {})).items() if key != "weights"}
-    asked = ModelConfig(**(begun | ({"name": model} if model else {})))
-    found = asked if weights.config and model is None else identify(weights, asked)
+    config = _config(weights.config)
+    asked = config.model.model_copy(update={"weights": None} | ({"name": model} if model else {}))
+    told = model is None and "model" in weights.config and asked.num_classes != "auto"
+    found = asked if told else identify(weights, asked)
     if found is None:
         raise UserError(f"the weights {weights.source} are of a network that is not here")
     if model is not None and found.name != model:
         raise UserError(f"the weights {weights.source} are of {found.name}, not {model}: leave --model out")
-    config = _config(weights.config).model_copy(update={"model": found})
-    config = change_config(follow_names(config), overrides)
+    config = follow_names(change_config(config.model_copy(update={"model": found}), overrides))
     with torch.device("meta"):  # all numbers come from the weights: none are drawn before
         network = build_model(config.model)
     # Not by to_empty, which imports sympy. Zeros, as older weights lack the norms' counters.
@@ -129,8 +133,15 @@ def output_of(folders: Sequence[str], trained: Trained) -> list[int]:
     Raises:
         UserError: a folder is none of the network's classes, or their number differs where it knows no names.
     """
-    if trained.is_imagenets and (found := imagenet.outputs(folders)) is not None:
-        return found
+    if trained.is_imagenets:
+        if (found := imagenet.outputs(folders)) is not None:
+            return found
+        strange = [name for name in folders if name not in imagenet.wnids()]
+        if len(strange) < len(folders):  # some are told by id, and the order of such a mixture tells nothing
+            more = f", nor are {len(strange) - 1} more" if strange[1:] else ""
+            raise UserError(
+                f"the class folder {shown(strange[0])} is none of ImageNet's 1,000{more}: leave it out (data.classes)"
+            )
     if trained.classes is None:
         if len(folders) != trained.outputs:
             raise UserError(
@@ -161,7 +172,7 @@ def _config(values: object) -> Config:
     try:
         return Config.model_validate(parts)
     except ValidationError as error:
-        key = ".".join(map(str, error.errors()[0]["loc"]))
+        key = ".".join(map(str, error.errors()[0]["loc"][:2]))  # below are names of types
         raise UserError(
             f"the checkpoint's configuration is of another version: {key} is not what it takes here"
         ) from None

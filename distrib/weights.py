@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import re
 import socket
@@ -26,7 +27,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from distrib.config import ModelConfig, UserError
+from distrib import __version__
+from distrib.config import Config, ModelConfig, UserError
+from distrib.follow import flatten
 from distrib.layout.folders import patiently, reason, shown
 from distrib.models import build_model
 from distrib.models.resnet import ARCHITECTURES
@@ -45,6 +48,11 @@ CHECKSUM = re.compile(rb"crc32 ([0-9a-f]{8})\Z")  # how a file of ``distrib.chec
 TORCHVISION_NAME = re.compile(r"(?:(\w+_Weights)\.)?([A-Z][A-Z0-9_]*)")
 DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte; a node behind a firewall would wait for minutes
 NAMED = 3  # keys that a message names of those that differ
+PRODUCER = "distrib"  # with it safetensors' metadata is ours; others' may mean anything
+DESCRIBED = (
+    "model.name", "model.num_classes", "model.stem", "model.plain",
+    "data.mean", "data.std", "data.eval_size", "data.eval_resize",
+)  # fmt: skip
 
 Notify = Callable[[str], None]
 
@@ -57,7 +65,7 @@ class Weights:
         state: tensors on the CPU, under the network's own keys, prefixes taken off.
         source: the file, and what of it was taken; for messages.
         classes: names of the classes in the order of the last layer's rows, where the file knows them.
-        config: the run's configuration in a checkpoint of ours, else empty.
+        config: the run's configuration in a checkpoint of ours, a part of it in safetensors of ours, else empty.
     """
 
     state: dict[str, Tensor]
@@ -174,7 +182,8 @@ def _parse(data: bytes, name: str) -> Mapping[str, Any]:
     """
     try:
         if data[8:9] == b"{":  # safetensors: the header's length in 8 bytes, then the header, which is JSON
-            return safetensors.torch.load(data)
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            return safetensors.torch.load(data) | _described(header.get("__metadata__") or {})
         # The training scripts of torchvision and timm save their options too, as a Namespace, which is a bare record.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of TorchScript, which is refused
@@ -190,6 +199,33 @@ def _parse(data: bytes, name: str) -> Mapping[str, Any]:
             "in model.weights"
         ) from None
     return content if isinstance(content, Mapping) else {}
+
+
+def describe(config: Config, classes: Sequence[str] | None, source: str) -> dict[str, str]:
+    """The metadata of our safetensors: what ``read_file`` takes back. Values that are no text are JSON."""
+    flat = flatten(config.model_dump(mode="json"))
+    values = {key: flat[key] for key in DESCRIBED} | ({"classes": classes} if classes is not None else {})
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+    return {"format": "pt", "producer": f"{PRODUCER} {__version__}", "source": source, **texts}
+
+
+def _described(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Classes and configuration, as a checkpoint has them, from ``describe``'s metadata; nothing from others'."""
+    if metadata.get("producer", "").partition(" ")[0] != PRODUCER:
+        return {}
+    config: dict[str, dict[str, Any]] = {}
+    for key in DESCRIBED:
+        if key in metadata:
+            part, _, name = key.partition(".")
+            config.setdefault(part, {})[name] = metadata[key] if key == "model.name" else _value(metadata[key])
+    return {"config": config} | ({"classes": _value(metadata["classes"])} if "classes" in metadata else {})
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _unwrap(content: Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:

@@ -267,3 +267,28 @@ def test_nothing_readable() -> None:
     result = evaluator({"model": net.state_dict()}, iter([batch]), EvalPlan(7, 10), ALONE, Agreement(), stop)
     assert result is not None
     assert (result["images"], result["top1"], result["top5"], result["loss"]) == (0, 0, 0, 0)
+
+
+def test_who_observes_gets_each_image_once_and_changes_nothing() -> None:
+    objective, weights = make_parts()
+    plan, stop = EvalPlan(IMAGES, BATCH), SimpleNamespace(received=None)
+    seen: dict[str, list[tuple[Any, torch.Tensor, torch.Tensor]]] = {"model": [], "ema": []}
+
+    def run(**more: Any) -> dict[str, float]:
+        evaluator = Evaluator(objective, ["model", "ema"], compile_=False, **more)
+        result = evaluator(weights, Loader(UNREADABLE).evaluate(plan), plan, ALONE, Agreement(), stop)
+        assert result is not None
+        return result | {"seconds": 0}
+
+    result = run(observe=lambda name, *batch: seen[name].append(batch))
+    assert result == run()
+    for prefix, batches in (("", seen["model"]), ("ema_", seen["ema"])):
+        ids, logits, labels = (
+            torch.cat([torch.as_tensor(part) for part in column]) for column in zip(*batches, strict=True)
+        )
+        assert ids.tolist() == list(range(IMAGES))  # without what fills the last batch up
+        expected = pool()[1]
+        expected[list(UNREADABLE)] = -1
+        assert torch.equal(labels, expected)
+        right = (logits.argmax(1) == labels).sum().item()
+        assert result[f"{prefix}top1"] == 100 * right / (IMAGES - len(UNREADABLE))

@@ -51,6 +51,23 @@ def test_exit_codes(word: str, code: int, out: str, err: str) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (code, out, f"at work\n{err}")
 
 
+def test_of_several_ranks_the_first_tells(tmp_path: Path) -> None:
+    """Each leaves its exit code for the launcher."""
+    place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    place |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500", "DISTRIB_EXIT_CODE_FILE": str(tmp_path / "codes")}
+    environment = os.environ | {"PYTHONPATH": str(runs.ROOT)} | place
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, "user"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (2, "at work\n")
+    assert (tmp_path / "codes").read_text() == "1 2 name it\n"
+
+
 def test_an_output_appears_whole(tmp_path: Path) -> None:
     output = Output(tmp_path / "file.txt")
     assert os.listdir(tmp_path) == []

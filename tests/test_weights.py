@@ -21,9 +21,10 @@ from torch import nn
 
 from distrib import weights as weights_module
 from distrib.checkpoint import commit
-from distrib.config import ModelConfig, UserError
+from distrib.config import Config, ModelConfig, UserError
 from distrib.models import build_model
-from distrib.weights import load_weights
+from distrib.trained import open_trained
+from distrib.weights import Weights, describe, load_weights, read_file
 
 CLASSES = 7
 State = dict[str, torch.Tensor]
@@ -147,6 +148,57 @@ def test_ours_in_torchvision_and_timm(name: str, tmp_path: Path) -> None:
     reference.load_state_dict(torch.load(path, weights_only=True)["model_ema"])
     assert same_outputs(reference.eval(), net)
     assert same_outputs(timm.create_model(name, num_classes=CLASSES, checkpoint_path=str(path)).eval(), net)
+
+
+# What the metadata of safetensors tell
+
+
+def described(state: State, path: Path, metadata: dict[str, str] | None) -> Weights:
+    safetensors.torch.save_file(state, path, metadata)
+    return read_file(path, "x")
+
+
+def test_metadata_of_ours(state: State, tmp_path: Path) -> None:
+    data = {"mean": (1.0, 2.0, 3.0), "eval_size": 40, "eval_resize": 48}
+    config = Config.model_validate({"model": {"name": "resnet18", "num_classes": CLASSES}, "data": data})
+    names = ["a", "b, c", 'd"', "ü", "\udcff", "null", "7"]
+    found = described(state, tmp_path / "a.safetensors", describe(config, names, "a run"))
+    assert found.classes == tuple(names)
+    kept = {"name": "resnet18", "num_classes": CLASSES, "stem": None, "plain": False}
+    sizes = {"mean": [1.0, 2.0, 3.0], "std": [58.395, 57.12, 57.375], "eval_size": 40, "eval_resize": 48}
+    assert found.config == {"model": kept, "data": sizes}
+    assert all(torch.equal(tensor, state[key]) for key, tensor in found.state.items())
+    assert described(state, tmp_path / "b.safetensors", describe(config, None, "a run")).classes is None
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        None,
+        {},
+        {"format": "pt"},
+        {"classes": "[1", "model.name": "resnet99", "data.mean": "0.485"},
+        {"producer": "timm", "classes": '["a", "b", "c", "d", "e", "f", "g"]', "model.name": "resnet50"},
+        {"producer": "distribution 3", "classes": "cats"},
+        {"producer": "distrib 0", "classes": "cats"},  # damaged
+    ],
+)
+def test_metadata_of_others_mean_nothing(
+    metadata: dict[str, str] | None, state: State, theirs: nn.Module, tmp_path: Path
+) -> None:
+    found = described(state, tmp_path / "a.safetensors", metadata)
+    assert (found.classes, dict(found.config)) == (None, {})
+    assert same_outputs(open_trained(str(tmp_path / "a.safetensors"), None, []).network, theirs)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("data.mean", "grey"), ("model.stem", "huge"), ("model.num_classes", "-1"), ("model.plain", "2")]
+)
+def test_metadata_of_ours_with_a_mistake(key: str, value: str, state: State, tmp_path: Path) -> None:
+    config = Config.model_validate({"model": {"name": "resnet18", "num_classes": CLASSES}})
+    described(state, tmp_path / "a.safetensors", describe(config, None, "a run") | {key: value})
+    with pytest.raises(UserError, match=rf"of another version: {key} is not what it takes here"):
+        open_trained(str(tmp_path / "a.safetensors"), None, [])
 
 
 # Where they are

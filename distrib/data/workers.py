@@ -119,7 +119,8 @@ class _TrainSlices(_Slices):
             if row not in boxes:
                 size = np.array([image.shape[1:]])
                 boxes[row] = crop_boxes(uniform[row : row + 1], size, cfg.scale, cfg.ratio)[0].tolist()
-            image = F.resized_crop(image, *boxes[row], [cfg.size, cfg.size], antialias=True)
+            top, left, height, width = boxes[row]
+            image = F.resized_crop(image, top, left, height, width, [cfg.size, cfg.size], antialias=True)
             return F.horizontal_flip(image) if mirrored[row] else image
 
         return transform

@@ -8,14 +8,17 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from distrib.data.loader import Batch
-from distrib.data.order import EvalPlan
-from distrib.engine.prepare import Compiler, Objective
+from distrib.data.order import EvalPlan, Ids
+from distrib.engine.prepare import Compiler
 from distrib.engine.state import Weights
 from distrib.faults import Agreement, Interrupted, StopSignals
 from distrib.runtime import Runtime
+
+Observe = Callable[[str, Ids, torch.Tensor, torch.Tensor], None]  # the network's name, ids [n], logits, labels [n]
 
 
 class Evaluator:
@@ -25,8 +28,20 @@ class Evaluator:
     that is broken off and repeated after a restart leaves the run as it was.
     """
 
-    def __init__(self, objective: Objective, names: list[str], compile_: bool, backend: Compiler = "inductor") -> None:
-        self._copies = {name: copy.deepcopy(objective).eval().requires_grad_(False) for name in names}
+    def __init__(
+        self,
+        objective: nn.Module,
+        names: list[str],
+        compile_: bool,
+        backend: Compiler = "inductor",
+        observe: Observe | None = None,
+    ) -> None:
+        """``objective`` has a ``network`` and ``logits`` as ``engine.prepare.Objective`` has.
+
+        ``observe`` gets what each network says of each batch, on the device.
+        """
+        self._observe = observe
+        self._copies: dict[str, Any] = {name: copy.deepcopy(objective).eval().requires_grad_(False) for name in names}
         self._calls: dict[str, Any] = {
             name: torch.compile(net.logits, dynamic=False, backend=backend) if compile_ else net.logits
             for name, net in self._copies.items()
@@ -65,7 +80,10 @@ class Evaluator:
             if batch is not None:
                 images, labels = _fill(batch, plan.batch)
                 for name, call in self._calls.items():
-                    sums[name][:-1] += _count(call(images), labels)
+                    logits = call(images)
+                    sums[name][:-1] += _count(logits, labels)
+                    if self._observe is not None:
+                        self._observe(name, batch.ids, logits[: len(batch.ids)], batch.labels)
             if agreement.exchange(stop=stop.received is not None)[0]:
                 return None
         progress(plan.rounds, plan.rounds)

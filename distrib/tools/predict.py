@@ -82,7 +82,7 @@ def predict(args: argparse.Namespace, stop: StopSignals) -> None:
     if files:
         trained = open_trained(args.weights, args.model, args.overrides, say)
         classifier, device = begin_use(trained, args.exact, say)
-        names, titles = trained.names(), trained.titles()
+        names, titles = trained.labels(), trained.titles()
         top, batch = min(args.top, trained.outputs), BATCHES[device.type]
         batches = load_pictures(files, trained.config.data, device, batch, say, stop.requested)
         rest = iter(files)

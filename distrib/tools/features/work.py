@@ -98,7 +98,7 @@ class Work:
             UserError: the disk does not take them.
         """
         try:
-            data = memoryview(rows.astype(np.float32, copy=False).tobytes())
+            data = memoryview(np.ascontiguousarray(rows, dtype=np.float32).tobytes())
             at = self.done * self.columns * 4
             while data:
                 written = os.pwrite(self._rows, data, at)
