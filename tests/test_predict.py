@@ -22,7 +22,10 @@ from distrib.config import DataConfig, ModelConfig, UserError
 from distrib.data.pictures import find_readable
 from distrib.faults import Failure, Interrupted
 from distrib.models import build_model
+from distrib.place import find_place
 from distrib.tools import predict as tool
+from distrib.tools.evaluate.__main__ import parse
+from distrib.tools.evaluate.scoring import evaluate
 from distrib.trained import begin_use, open_trained
 
 SIZES = ["data.eval_size=32", "data.eval_resize=32"]
@@ -245,10 +248,9 @@ def test_the_counts_of_evaluate(folder: Path, tmp_path: Path, capsys: pytest.Cap
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     right = sum(Path(line["file"]).parent.name == line["top"][0]["class"] for line in lines)
     assert right == sum(k % 3 != 0 for k in range(40))
-    from distrib.tools.evaluate import evaluate, parse  # signals are the test's own
-
     words = [str(folder / "named.pt"), "--data", str(tmp_path), "train.precision=fp32", *SIZES]
-    result = evaluate(parse(words), SimpleNamespace(requested=lambda: False, received=None))  # type: ignore[arg-type]
+    stop = SimpleNamespace(requested=lambda: False, received=None)  # signals are the test's own
+    result = evaluate(parse(words), find_place({}), stop)  # type: ignore[arg-type]
     assert result is not None
     assert result["top1"] == pytest.approx(100 * right / 40)
     assert DataConfig().eval_batch >= 40
