@@ -1,4 +1,4 @@
-"""A stranger's path: the README's commands on a trained network, typed in a fresh copy of the tree, each by a process."""
+"""A stranger's path: the README's commands on a trained network, typed in a fresh copy of the tree, each a process."""
 
 from __future__ import annotations
 
