@@ -16,7 +16,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.client import HTTPException
 from itertools import product
 from pathlib import Path
@@ -65,7 +65,8 @@ class Weights:
         state: tensors on the CPU, under the network's own keys, prefixes taken off.
         source: the file, and what of it was taken; for messages.
         classes: names of the classes in the order of the last layer's rows, where the file knows them.
-        config: the run's configuration in a checkpoint of ours, a part of it in safetensors of ours, else empty.
+        config: the run's configuration in a checkpoint of ours, a part of it in safetensors of ours, the evaluation's
+            sizes with torchvision's names, else empty.
     """
 
     state: dict[str, Tensor]
@@ -96,8 +97,8 @@ def read_weights(text: str, model: str, notify: Notify) -> Weights:
     if name is None or os.path.lexists(text):
         path = find_file(text)
         return read_file(path, shown(path))
-    path = _torchvision_file(text, name[1], name[2], model, notify)
-    return read_file(path, f"{text} of {model}, {shown(path)}")
+    path, sizes = _torchvision_file(text, name[1], name[2], model, notify)
+    return replace(read_file(path, f"{text} of {model}, {shown(path)}"), config={"data": sizes})
 
 
 def find_file(text: str) -> Path:
@@ -340,8 +341,12 @@ def _way_out(weights: Weights, cfg: ModelConfig) -> str:
     return f"set {' '.join(changed)}, which they fit"
 
 
-def _torchvision_file(text: str, enum: str | None, name: str, model: str, notify: Notify) -> Path:
-    """The file of torchvision's weights in torch's cache; downloaded where it is not there.
+def _torchvision_file(
+    text: str, enum: str | None, name: str, model: str, notify: Notify
+) -> tuple[Path, dict[str, int]]:
+    """The file of torchvision's weights in torch's cache, and the sizes at which it states their accuracy.
+
+    It is downloaded where it is not there.
 
     Raises:
         UserError: torchvision has none of that name for the network, or they cannot be downloaded.
@@ -359,7 +364,8 @@ def _torchvision_file(text: str, enum: str | None, name: str, model: str, notify
     if not path.exists():
         notify(f"downloading {url}")
         _download(url, path)
-    return path
+    seen = known[name].transforms()
+    return path, {"eval_size": seen.crop_size[0], "eval_resize": seen.resize_size[0]}
 
 
 def _download(url: str, path: Path) -> None:

@@ -203,9 +203,9 @@ def test_settings_and_files_with_an_equals_sign(folder: Path, tmp_path: Path, mo
 def test_what_cannot_be_opened(tmp_path: Path) -> None:
     told: list[str] = []
     (tmp_path / "a.png").write_bytes(b"")
-    names = [str(tmp_path / "a.png"), str(tmp_path / "b.png"), "x" * 5000, "nul\0.png"]
-    assert find_readable(names, told.append) == ([tmp_path / "a.png"], 3)
-    assert len(told) == 3
+    names = [str(tmp_path / "a.png"), str(tmp_path / "b.png"), "x" * 5000, "nul\0.png", "~nobody-of-that-name/a.png"]
+    assert find_readable(names, told.append) == ([tmp_path / "a.png"], 4)
+    assert len(told) == 4
 
 
 COLD = """

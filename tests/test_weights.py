@@ -24,7 +24,7 @@ from distrib.checkpoint import commit
 from distrib.config import Config, ModelConfig, UserError
 from distrib.models import build_model
 from distrib.trained import open_trained
-from distrib.weights import Weights, describe, load_weights, read_file
+from distrib.weights import Weights, describe, load_weights, read_file, read_weights
 
 CLASSES = 7
 State = dict[str, torch.Tensor]
@@ -479,6 +479,13 @@ def test_from_a_filled_cache(name: str, cache: Path, theirs: nn.Module, state: S
     net, said = load(name)
     assert same_outputs(net, theirs)
     assert said == f"weights: {name} of resnet18, {path}"
+
+
+@pytest.mark.parametrize(("name", "resize"), [("IMAGENET1K_V1", 256), ("IMAGENET1K_V2", 232)])
+def test_torchvisions_names_know_the_sizes_of_their_published_accuracy(name: str, resize: int, cache: Path) -> None:
+    url = torchvision.models.ResNet50_Weights[name].url
+    saved({"fc.bias": torch.zeros(1000)}, cache / url.rpartition("/")[2])
+    assert read_weights(name, "resnet50", print).config == {"data": {"eval_size": 224, "eval_resize": resize}}
 
 
 @pytest.mark.usefixtures("cache")

@@ -73,7 +73,7 @@ def find_readable(paths: Iterable[str], notify: Callable[[str], None]) -> tuple[
     readable: list[Path] = []
     for path in [*map(Path, missing), *found]:
         try:
-            os.close(os.open(path.expanduser(), FLAGS))
+            os.close(os.open(os.path.expanduser(path), FLAGS))  # Path's own raises where there is no such user
         except (OSError, ValueError) as error:  # ValueError: a NUL in the name
             notify(f"cannot read {shown(path)}: {first_line(error)}")
         else:

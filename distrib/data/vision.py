@@ -61,7 +61,7 @@ from torchvision.io import ImageReadMode, decode_image  # noqa: E402  # deprecat
 __all__ = ["ImageReadMode", "center_crop", "decode_image", "horizontal_flip", "resize", "resized_crop"]
 
 
-def resize(image: torch.Tensor, size: list[int], antialias: bool = True) -> torch.Tensor:
+def resize(image: torch.Tensor, size: list[int], *, antialias: bool = True) -> torch.Tensor:
     """A picture uint8 [3, height, width] resized bilinearly: to ``[height, width]``, or ``[shorter side]``."""
     height, width = image.shape[-2:]
     if len(size) == 1:
@@ -95,10 +95,10 @@ def center_crop(image: torch.Tensor, size: list[int]) -> torch.Tensor:
 
 
 def resized_crop(
-    image: torch.Tensor, top: int, left: int, height: int, width: int, size: list[int], antialias: bool = True
+    image: torch.Tensor, top: int, left: int, height: int, width: int, size: list[int], *, antialias: bool = True
 ) -> torch.Tensor:
     """A box within a picture [3, height, width], resized to ``size``, ``[height, width]``."""
-    return resize(image[..., top : top + height, left : left + width], size, antialias)
+    return resize(image[..., top : top + height, left : left + width], size, antialias=antialias)
 
 
 def horizontal_flip(image: torch.Tensor) -> torch.Tensor:
