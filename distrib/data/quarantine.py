@@ -85,7 +85,7 @@ class Quarantine:
         if too_many(self._lost, count):
             raise DataUnavailable(
                 f"{self._lost} of {count} images in {root} cannot be read ({reason}). "
-                f"Once they can, {same_command()} continues from the newest checkpoint"
+                f"Once they can, {same_command()} continues"
             )
         if len(self._bad) == count:
             message = f"none of the {count} images in {root} can be read"

@@ -82,7 +82,7 @@ class Waiting:
             delay = min(2 * delay, PROBE_EVERY)
         raise DataUnavailable(
             f"cannot read {shown(self._index.root)}: {reason}; waited {self._minutes:g} minutes (data.wait_minutes). "
-            f"Once it is back, {same_command()} continues from the newest checkpoint"
+            f"Once it is back, {same_command()} continues"
         )
 
     def arrived(self) -> None:
