@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -71,20 +72,27 @@ def open_trained(
         overrides: ``key=value`` words that change the run's configuration.
 
     Raises:
-        UserError: there are no such weights, or no network here that they fit.
+        UserError: there are no such weights, no network here that they fit, or ``overrides`` ask for another one.
     """
     weights = read_weights(text, model or "resnet50", notify)
     if HEAD[0] not in weights.state:
         raise UserError(f"the weights {weights.source} have no last layer: there is nothing to tell classes apart")
-    config = _config(weights.config)
+    own = _config(weights.config)
+    config = own or Config()
     asked = config.model.model_copy(update={"weights": None} | ({"name": model} if model else {}))
-    told = model is None and "model" in weights.config and asked.num_classes != "auto"
+    told = model is None and own is not None and "model" in weights.config and asked.num_classes != "auto"
     found = asked if told else identify(weights, asked)
     if found is None:
         raise UserError(f"the weights {weights.source} are of a network that is not here")
     if model is not None and found.name != model:
         raise UserError(f"the weights {weights.source} are of {found.name}, not {model}: leave --model out")
     config = follow_names(change_config(config.model_copy(update={"model": found}), overrides))
+    for key in ("name", "num_classes", "stem", "plain"):
+        if getattr(config.model, key) != getattr(found, key):
+            raise UserError(
+                f"the weights {weights.source} are of model.{key}={getattr(found, key)}, not "
+                f"{getattr(config.model, key)}: leave it out"
+            )
     with torch.device("meta"):  # all numbers come from the weights: none are drawn before
         network = build_model(config.model)
     # Not by to_empty, which imports sympy. Zeros, as older weights lack the norms' counters.
@@ -158,17 +166,19 @@ def output_of(folders: Sequence[str], trained: Trained) -> list[int]:
     return [place[name] for name in folders]
 
 
-def _config(values: object) -> Config:
-    """A checkpoint's configuration; keys that this version does not have are left out."""
-    if not isinstance(values, dict):
-        return Config()
+def _config(values: Mapping[str, Any]) -> Config | None:
+    """A checkpoint's configuration; keys that this version does not have are left out. None for another program's."""
     parts = {}
     for name, value in values.items():
-        kind = find_kind(name)
-        if kind is not None:
-            known = kind.part.model_fields if kind.part else {}
-            is_part = isinstance(value, dict) and kind.part is not None
-            parts[name] = {key: inner for key, inner in value.items() if key in known} if is_part else value
+        kind = find_kind(name) if isinstance(name, str) else None
+        if kind is None:
+            continue
+        if kind.part is None or (value is None and kind.optional):
+            parts[name] = value
+        elif isinstance(value, Mapping):
+            parts[name] = {key: inner for key, inner in value.items() if key in kind.part.model_fields}
+        else:
+            return None
     try:
         return Config.model_validate(parts)
     except ValidationError as error:

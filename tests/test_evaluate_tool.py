@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import runs
 import torch
+import torchvision
 from evaluating import close, figures, logits_of, noise, save, score, sized, varied, write
 
 from distrib.checkpoint import commit
@@ -234,3 +235,29 @@ def test_a_checkpoint_of_another_version(tmp_path: Path) -> None:
     torch.save({k: v for k, v in state.items() if not k.startswith("fc.")}, file)
     with pytest.raises(UserError, match="have no last layer"):
         open_trained(str(file), None, [], print)
+
+
+def test_settings_do_not_make_another_network(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    torch.save(torchvision.models.resnet18(num_classes=4).state_dict(), tmp_path / "r18.pth")
+    for word, known in (
+        ("model.num_classes=5", "4"),
+        ("model.name=resnet34", "resnet18"),
+        ("model.plain=true", "False"),
+    ):
+        with pytest.raises(UserError) as raised:
+            open_trained(str(tmp_path / "r18.pth"), None, [word], print)
+        key, _, asked = word.partition("=")
+        assert f"are of {key}={known}, not {asked.capitalize() if asked == 'true' else asked}: leave" in str(
+            raised.value
+        )
+
+
+@pytest.mark.parametrize("config", [{1: 2}, {"model": "resnet18", "data": [1]}, {"optimizer": {"lr": 1}}])
+def test_another_programs_configuration_is_none(config: dict[object, object], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    state = torchvision.models.resnet18(num_classes=4).state_dict()
+    torch.save({"state_dict": state, "config": config}, tmp_path / "theirs.pth")
+    trained = open_trained(str(tmp_path / "theirs.pth"), None, [], print)
+    assert (trained.config.model.name, trained.outputs) == ("resnet18", 4)
+    assert trained.config.data == Config().data.model_copy(update={"eval_size": 224, "eval_resize": 256})

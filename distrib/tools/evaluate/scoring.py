@@ -19,7 +19,7 @@ from distrib.data.workers import WorkerLoader
 from distrib.engine.evaluate import Evaluator
 from distrib.engine.inference import Classifier
 from distrib.engine.prepare import DTYPES, Objective, effective_precision, set_up_device
-from distrib.faults import Agreement, Interrupted, StopSignals
+from distrib.faults import Agreement, Failure, Interrupted, StopSignals
 from distrib.layout import find_split
 from distrib.layout.splits import Split
 from distrib.place import Place
@@ -28,6 +28,7 @@ from distrib.runtime import Runtime, leave, start
 from distrib.tools.evaluate.real import labels_of, read_labels
 from distrib.tools.evaluate.report import Answers, Names, details
 from distrib.trained import Trained, for_use, open_trained, output_of
+from distrib.weights import checksum
 
 BEST = 5  # guesses kept of each image
 
@@ -104,7 +105,7 @@ def evaluate(args: argparse.Namespace, place: Place, stop: StopSignals) -> dict[
     runtime = start(place, stop, cfg.wait_minutes)
     try:
         result = _score(args, trained, cfg, split, runtime, stop, tell)
-    except (UserError, Interrupted):
+    except (UserError, Failure, Interrupted):
         leave()
         raise
     leave()
@@ -136,14 +137,18 @@ def _score(
 ) -> dict[str, Any] | None:
     """All that the ranks do together."""
     index = runtime.main_first(lambda: open_index(split, cfg.index_dir, say, stop.requested))
+    runtime.check_same(index.fingerprint, "finds other images than rank 0: is data.root still being copied to?")
+    runtime.check_same(checksum(trained.network), f"has other weights than rank 0: {trained.source}")
     columns = output_of(index.classes, trained)
     real = runtime.on_main_only(lambda: _real_labels(args.real, index, trained.outputs)) if args.real else None
     hidden = _others(columns, trained.outputs) if args.classes == "subset" else None
     network, arithmetic = _network(trained, runtime.device, args.fast)
     scored = Scored(network, hidden, args.flip).to(runtime.device)
-    loader = build_loader(
-        cfg, (index, index), trained.outputs, runtime.device, notify=say, notify_once=tell, stop=stop.requested,
-        ranks=runtime.world, local_ranks=runtime.local_world,
+    loader = runtime.on_each(
+        lambda: build_loader(
+            cfg, (index, index), trained.outputs, runtime.device, notify=say, notify_once=tell, stop=stop.requested,
+            ranks=runtime.world, local_ranks=runtime.local_world,
+        )
     )  # fmt: skip
     plan = EvalPlan(len(index), cfg.eval_batch, runtime.rank, runtime.world)
     output = torch.tensor(columns, device=runtime.device)

@@ -25,7 +25,7 @@ forms:
   timm            the same, for timm.create_model(…, checkpoint_path=FILE) (.safetensors, .pth, .pt)
   safetensors     for this program: with the network's name, the classes, mean, std and sizes
   onnx            one file for onnxruntime and others; any batch, height and width
-  torch.export    for torch.export.load (.pt2); any batch, and height and width above 32
+  torch.export    for torch.export.load (.pt2); any batch; any size above 32, else that of evaluation
 """
 
 

@@ -1,6 +1,7 @@
 """The network as a graph that needs none of our code: ONNX and torch.export.
 
-Batch, height and width are free. The norms' statistics are fixed; ONNX's exporter folds them into the convolutions.
+Batch, height and width are free, but for torch.export's where the evaluation's pictures have 32 pixels or fewer. The
+norms' statistics are fixed; ONNX's exporter folds them into the convolutions.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ EXAMPLES = """examples:
 """
 EPOCHS = 90.0
 WIDEST = 120  # columns of running text
+LARGEST = 65_536  # pixels a side; above, torch cannot number what a network puts out
 
 
 class _Parser(argparse.ArgumentParser):
@@ -60,6 +61,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--json", action="store_true", help="print an object, not tables")
     args = parser.parse_intermixed_args(argv)
+    if args.size is not None and args.size > LARGEST:
+        raise UserError(f"--size {args.size}: pictures of more than {LARGEST} pixels a side are not counted")
     if not args.cost and (args.epochs is not None or args.reports is not None):
         raise UserError(f"{'--reports' if args.epochs is None else '--epochs'} says nothing without --cost: add it")
     if args.epochs is not None and not 0 < args.epochs < float("inf"):
