@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import NoneType, UnionType
@@ -218,7 +219,7 @@ def takes(key: str) -> str:
     """What ``key`` takes, in a few words."""
     kind = find_kind(key)
     assert kind is not None
-    words = _words(key, kind).partition(":")[0]
+    words = re.split(r" \(|:", _words(key, kind))[0]
     return words.removeprefix("a ").replace(" that is not empty", "").replace(" of at least", " from")
 
 

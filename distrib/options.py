@@ -42,6 +42,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError."""
+        message = message.replace(", key=value", "")  # which argparse counts among what is required
         raise UserError(f"{message} ({self.prog} --help shows the options)")
 
     def parse_words(self, argv: Sequence[str]) -> argparse.Namespace:

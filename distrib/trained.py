@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from distrib.cli import change_config
-from distrib.config import Config, UserError, settled
+from distrib.config import Config, ModelConfig, UserError, settled
 from distrib.engine.inference import Classifier, fold
 from distrib.engine.prepare import DTYPES, effective_precision, set_up_device
 from distrib.follow import follow_names
@@ -19,7 +19,7 @@ from distrib.keys import find_kind
 from distrib.layout import imagenet
 from distrib.layout.folders import shown
 from distrib.models import build_model
-from distrib.weights import HEAD, fit, identify, read_weights
+from distrib.weights import HEAD, fit, identify, is_torchvisions, read_weights
 
 
 @dataclass(frozen=True)
@@ -74,16 +74,21 @@ def open_trained(
     Raises:
         UserError: there are no such weights, no network here that they fit, or ``overrides`` ask for another one.
     """
-    weights = read_weights(text, model or "resnet50", notify)
-    if HEAD[0] not in weights.state:
-        raise UserError(f"the weights {weights.source} have no last layer: there is nothing to tell classes apart")
+    if model is not None:
+        with torch.device("meta"):  # looks at the name
+            build_model(ModelConfig(name=model, num_classes=1))
+    elif is_torchvisions(text):
+        raise UserError(f"torchvision has {text} for several networks: add --model, as in --model resnet50")
+    weights = read_weights(text, model or "", notify)
     own = _config(weights.config)
     config = own or Config()
     asked = config.model.model_copy(update={"weights": None} | ({"name": model} if model else {}))
     told = model is None and own is not None and "model" in weights.config and asked.num_classes != "auto"
     found = asked if told else identify(weights, asked)
     if found is None:
-        raise UserError(f"the weights {weights.source} are of a network that is not here")
+        raise UserError(f"the weights {weights.source} are of a network that is not here (distrib models lists them)")
+    if HEAD[0] not in weights.state:
+        raise UserError(f"the weights {weights.source} have no last layer: there is nothing to tell classes apart")
     if model is not None and found.name != model:
         raise UserError(f"the weights {weights.source} are of {found.name}, not {model}: leave --model out")
     config = follow_names(change_config(config.model_copy(update={"model": found}), overrides))

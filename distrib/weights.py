@@ -46,6 +46,8 @@ HEAD = ("fc.weight", "fc.bias")
 STEP_FILE = re.compile(r"step_(\d+)\.pt")
 CHECKSUM = re.compile(rb"crc32 ([0-9a-f]{8})\Z")  # how a file of ``distrib.checkpoint`` ends
 TORCHVISION_NAME = re.compile(r"(?:(\w+_Weights)\.)?([A-Z][A-Z0-9_]*)")
+GRAPHS = (".onnx", ".pt2")  # of distrib export
+PICKLE = b"\x80"  # how one begins, torch.save's of before 1.6 too
 DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte; a node behind a firewall would wait for minutes
 NAMED = 3  # keys that a message names of those that differ
 PRODUCER = "distrib"  # with it safetensors' metadata is ours; others' may mean anything
@@ -94,11 +96,16 @@ def read_weights(text: str, model: str, notify: Notify) -> Weights:
         UserError: there are none, or what is there holds none.
     """
     name = TORCHVISION_NAME.fullmatch(text)
-    if name is None or os.path.lexists(text):
+    if name is None or not is_torchvisions(text):
         path = find_file(text)
         return read_file(path, shown(path))
     path, sizes = _torchvision_file(text, name[1], name[2], model, notify)
     return replace(read_file(path, f"{text} of {model}, {shown(path)}"), config={"data": sizes})
+
+
+def is_torchvisions(text: str) -> bool:
+    """Whether ``text`` is a name of torchvision's, and not of a file that is there."""
+    return TORCHVISION_NAME.fullmatch(text) is not None and not os.path.lexists(text)
 
 
 def find_file(text: str) -> Path:
@@ -194,6 +201,15 @@ def _parse(data: bytes, name: str) -> Mapping[str, Any]:
             raise UserError(
                 f"{name} holds Python objects ({found[1]}), and to load those may run code: save the state dict "
                 "alone, torch.save(network.state_dict(), FILE)"
+            ) from None
+        if name.endswith(GRAPHS):
+            raise UserError(
+                f"{name} is a network for other programs, not weights: name what it was exported from (model.weights)"
+            ) from None
+        if data[:1] == PICKLE:
+            raise UserError(
+                f"{name} is damaged, or no file of weights but another program's pickle, and to load that may run code: "
+                "copy it again, or save the state dict alone, torch.save(network.state_dict(), FILE)"
             ) from None
         raise UserError(
             f"{name} is damaged, or no file of weights (torch.save's or safetensors): copy it again, or name another "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections import Counter
@@ -39,7 +40,7 @@ def evaluate(*words: str, procs: int = 1, code: int = 0, codes: Path | None = No
     environ |= {} if codes is None else {"DISTRIB_EXIT_CODE_FILE": str(codes)}
     done = subprocess.run(command, cwd=runs.ROOT, env=environ, capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == code, done.stdout + done.stderr
-    assert f'File "{runs.ROOT}' not in done.stderr  # of a traceback of ours; torchrun has its own
+    assert f'File "{runs.ROOT}/distrib' not in done.stderr  # of a traceback of ours; torchrun has its own
     return done
 
 
@@ -235,6 +236,31 @@ def test_a_checkpoint_of_another_version(tmp_path: Path) -> None:
     torch.save({k: v for k, v in state.items() if not k.startswith("fc.")}, file)
     with pytest.raises(UserError, match="have no last layer"):
         open_trained(str(file), None, [], print)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("net.onnx", b"\x08\x08\x12\x07pytorch", "is a network for other programs, not weights"),
+        ("net.pt2", b"PK\x03\x04", "is a network for other programs, not weights"),
+        ("evil.pt", pickle.dumps({"a": os.system}), "another program's pickle, and to load that may run code"),
+        ("old.pt", b"\x80\x02\x8a", "is damaged, or no file of weights but another program's pickle"),
+    ],
+)
+def test_what_is_no_weights_is_called_what_it_is(name: str, content: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        open_trained(str(tmp_path / name), None, [], print)
+
+
+def test_names_that_tell_no_network(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="for several networks: add --model"):
+        open_trained("IMAGENET1K_V1", None, [], print)
+    with pytest.raises(UserError, match="did you mean 'resnet50'"):
+        open_trained("IMAGENET1K_V1", "resnet-50", [], print)
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="are of a network that is not here"):
+        open_trained(str(tmp_path / "other.pt"), None, [], print)
 
 
 def test_settings_do_not_make_another_network(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ EXAMPLES = """examples:
   distrib evaluate IMAGENET1K_V2 --model resnet50 --data imagenetv2-matched-frequency-format-val
   distrib evaluate IMAGENET1K_V2 --model resnet50 --data imagenet-a --classes subset        # and ImageNet-R
   distrib evaluate resnet18.pth --data pets/test --size 288 --flip --json
-  torchrun --nproc_per_node=8 -m distrib.tools.evaluate runs/resnet50-imagenet
+  torchrun --nproc_per_node=8 -m distrib evaluate runs/resnet50-imagenet
 """
 WORST = 10  # classes, and pairs of classes, where --per-class stands without a number
 

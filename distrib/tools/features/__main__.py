@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """examples:
   distrib features photos/ --weights runs/resnet18-pets --output photos.npy        # and photos.txt: the files' names
-  distrib features photos/ --weights IMAGENET1K_V2 --output photos.parquet --stage layer3
+  distrib features photos/ --weights IMAGENET1K_V2 --model resnet50 --output photos.parquet
 
 A command that was stopped or killed goes on where it was when it is typed again.
 """
