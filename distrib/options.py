@@ -102,6 +102,13 @@ class Parser(argparse.ArgumentParser):
         return f"{flag} is no option; write {show(meant, kind.default if value is None else value)}{remark}"
 
 
+def positive(text: str) -> int:
+    """An option's type: a whole number of 1 or more."""
+    if not (text.isascii() and text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
 def settings_among(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """The files and folders among ``words``, and the settings: ``key=value`` where there is no file of that name."""
     settings = [bool(SETTING.fullmatch(word)) and not os.path.lexists(word) for word in words]

@@ -13,13 +13,14 @@ from torch import nn
 
 from distrib.config import UserError
 from distrib.models import MODEL_NAMES
+from distrib.models.count import count
 from distrib.models.resnet import ARCHITECTURES
 from distrib.tools.bench import report as report_module
 from distrib.tools.bench.report import Report
 from distrib.tools.models import count as counting
 from distrib.tools.models.__main__ import costs, look_up, networks, parse
 from distrib.tools.models.cost import REPORTS, ROWS, read_speeds
-from distrib.tools.models.count import agreement, as_published, count, differences, row
+from distrib.tools.models.count import agreement, as_published, differences, row
 from distrib.tools.models.table import table
 
 IMAGENETS = [name for name in MODEL_NAMES if ARCHITECTURES[name].stem == "imagenet"]
@@ -231,8 +232,8 @@ def test_none_on_file(there: bool, tmp_path: Path) -> None:
         (["resnt50"], "there is no network resnt50; did you mean resnet50?"),
         (["ResNet18"], "did you mean resnet18?"),
         (["vgg"], "there is no network vgg; there are resnet18, resnet34"),
-        (["--size", "0"], "'0' is no whole number above 0"),
-        (["--classes", "x"], "'x' is no whole number"),
+        (["--size", "0"], "'0' is not a whole number of 1 or more"),
+        (["--classes", "x"], "'x' is not a whole number"),
         (["--epochs", "5"], "--epochs says nothing without --cost"),
         (["--reports", "/nope"], "--reports says nothing without --cost"),
         (["--cost", "--epochs", "0"], "a number above 0 is wanted"),

@@ -141,7 +141,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
 
     assert "did you mean degradation?" in refused("degradatoin")
     assert "give the name or the folder of one study" in refused()
-    assert "takes a whole number from 1 on, got '0'" in refused("degradation", "--seeds", "0")
+    assert "'0' is not a whole number of 1 or more" in refused("degradation", "--seeds", "0")
     assert "train.epoch" in refused("degradation", "train.epoch=3")
     assert "--variant is in place of a study" in refused("degradation", "--variant", "a: optim.lr=1")
     assert "is not 'NAME: key=value …'" in refused("--variant", "optim.lr=1")
@@ -155,6 +155,11 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     (folder / "_study.yaml").write_text("title: Mine\nfigure: pie\n")
     assert "_study.yaml: figure: " in refused("mine")
     assert sorted(path.name for path in folder.iterdir()) == ["_study.yaml", "one.yaml"]
+    (folder / "_study.yaml").write_text("title: Mine\nfigure: gradients\n")
+    (folder / "one.yaml").write_text("log: {layers: true}\n")
+    (folder / "two.yaml").write_text("log: {layers: false}\n")
+    assert "log.layers=true in every variant: two is without" in refused("mine", "--data", "nowhere")
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_a_missing_matplotlib_is_told_before_the_first_run(tmp_path: Path) -> None:

@@ -15,9 +15,10 @@ import torchvision
 from PIL import Image
 
 from distrib.config import ModelConfig, UserError
+from distrib.models.count import Counts
 from distrib.tools.study import outcome, plan, report
 from distrib.tools.study.compare import compare, p_value, table
-from distrib.tools.study.network import Size, size_of
+from distrib.tools.study.network import size_of
 from distrib.tools.study.plan import Job
 
 # Statistics
@@ -30,6 +31,14 @@ def test_p_values_of_a_table() -> None:
         a = spread * (5 - 1) ** 0.5 / 2**0.5
         assert p_value([1 - a, 1 + a, 1.0, 1.0, 1.0]) == pytest.approx(p, rel=2e-3)
     assert p_value([2.0, 2.0, 2.0]) == 0
+
+
+@pytest.mark.parametrize("t", [0.5, 12.0, 10_000.0])
+def test_p_values_in_closed_form(t: float) -> None:
+    """Of two values Student's distribution is Cauchy's; of three it is algebraic."""
+    assert p_value([1 - 1 / t, 1 + 1 / t]) == pytest.approx(1 - 2 * math.atan(t) / math.pi, rel=1e-6)
+    a = 3**0.5 / t
+    assert p_value([1 - a, 1.0, 1 + a]) == pytest.approx(1 - t / math.sqrt(2 + t * t), rel=1e-6)
 
 
 def test_the_table() -> None:
@@ -128,7 +137,7 @@ def test_results_as_json() -> None:
         for name, top1, k in (("a", 10.0, 1), ("b", 13.0, 2))
     }
     study = two()
-    found = report.as_json(study, runs, dict.fromkeys(runs, Size(5, 7)), {"a": {}, "b": {}})
+    found = report.as_json(study, runs, dict.fromkeys(runs, Counts(3, 5, 7, 9)), {"a": {}, "b": {}})
     b = found["variants"]["b"]
     assert (b["parameters"], b["macs"], b["against"], b["seeds"]) == (5, 7, "a", [0, 1, 2])
     assert b["top1"]["values"] == [13.0, 15.0, 17.0]
@@ -154,7 +163,7 @@ def test_figures_show_what_is_there(kind: str, tmp_path: Path) -> None:
         pixels = image.convert("L")
         assert min(image.size) > 300
         assert len(np.unique(np.asarray(pixels))) > 20
-    if kind == "gradients":
-        bare = {n: [outcome.Outcome(0, values, [(1.0, 80.0)], [])] for n in ("a", "b")}
-        with pytest.raises(UserError, match="hold no norms"):
-            figure.draw(study, bare)
+    apart = [outcome.Outcome(s, values, [(1.0 + s, 80.0)], norms[s : s + 1]) for s in (0, 1)]
+    if kind != "points":  # they need something that all seeds have, of each variant
+        with pytest.raises(UserError, match=r"^b: .* common to draw|^b: .* hold no norms"):
+            figure.draw(study, {"a": runs["a"], "b": apart})

@@ -30,7 +30,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         UserError: they are wrong.
         SystemExit: ``--help`` was asked for.
     """
-    from distrib.options import Parser
+    from distrib.options import Parser, positive
 
     parser = Parser(
         parts=["data"],
@@ -54,9 +54,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "default: %(default)s that the network knows",
     )
     parser.add_argument("--real", metavar="FILE", help="ReaL labels too: real.json of Beyer et al. 2020")
-    parser.add_argument("--size", type=_count, metavar="N", help="the crop, pixels: data.eval_size=N")
+    parser.add_argument("--size", type=positive, metavar="N", help="the crop, pixels: data.eval_size=N")
     parser.add_argument(
-        "--resize", type=_count, metavar="N", help="shorter side before it: data.eval_resize=N; default: 8/7 of --size"
+        "--resize",
+        type=positive,
+        metavar="N",
+        help="shorter side before it: data.eval_resize=N; default: 8/7 of --size",
     )
     parser.add_argument("--flip", action="store_true", help="mean of the logits of a picture and its mirror image")
     parser.add_argument(
@@ -67,7 +70,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--per-class",
         nargs="?",
-        type=_count,
+        type=positive,
         const=WORST,
         metavar="N",
         help=f"the N worst classes and the N most confused pairs, too; N is {WORST} where it is left out",
@@ -99,12 +102,6 @@ def main(argv: Sequence[str], stop: StopSignals) -> int:
     if place.rank == 0:
         print(dumps(result, indent=2) if args.json else "\n".join([sentence(result), *tables(result, args.per_class)]))
     return FINISHED
-
-
-def _count(word: str) -> int:
-    if not (word.isascii() and word.isdecimal() and int(word) > 0):
-        raise argparse.ArgumentTypeError(f"{word!r} is not a whole number of 1 or more")
-    return int(word)
 
 
 def _with_numbers(argv: Sequence[str]) -> list[str]:

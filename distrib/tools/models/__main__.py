@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from distrib.config import UserError
 from distrib.faults import FINISHED, StopSignals
 from distrib.layout.folders import shown
+from distrib.options import positive
 from distrib.program import run, say
 from distrib.tools.models.cost import IMAGES, REPORTS, Speed, read_speeds
 from distrib.tools.models.table import table
@@ -51,9 +52,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="networks; default: all")
     parser.add_argument(
-        "--size", type=_positive, metavar="PX", help="of the images; default: 224, of small-image networks 32"
+        "--size", type=positive, metavar="PX", help="of the images; default: 224, of small-image networks 32"
     )
-    parser.add_argument("--classes", type=_positive, metavar="N", help="default: 1000, of small-image networks 10")
+    parser.add_argument("--classes", type=positive, metavar="N", help="default: 1000, of small-image networks 10")
     parser.add_argument("--cost", action="store_true", help="GPU hours of a training on ImageNet, at measured speeds")
     parser.add_argument("--epochs", type=float, metavar="N", help=f"of --cost; default: {EPOCHS:g}")
     parser.add_argument(
@@ -70,12 +71,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if args.reports is not None and not args.reports.is_dir():
         raise UserError(f"--reports {shown(args.reports)}: there is no such folder")
     return args
-
-
-def _positive(text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
-    return int(text)
 
 
 def look_up(args: argparse.Namespace) -> dict[str, Any]:

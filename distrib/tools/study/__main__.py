@@ -12,7 +12,7 @@ from distrib import program
 from distrib.cli import load_config
 from distrib.config import UserError
 from distrib.faults import FINISHED, STOPPED, StopSignals
-from distrib.options import Parser
+from distrib.options import Parser, positive, settings_among
 from distrib.program import say
 from distrib.tools.study import figure, jobs, plan, report
 from distrib.tools.study.outcome import Outcome, read_outcome
@@ -43,8 +43,10 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("words", nargs="*", metavar="NAME|FOLDER key=value", help="the study; settings of all its runs")
     parser.add_argument("--data", metavar="DIR", help="the same as data.root=DIR")
-    parser.add_argument("--seeds", type=_count, default=3, metavar="N", help="how many: 0 to N-1; default: %(default)s")
-    parser.add_argument("--jobs", type=_count, default=1, metavar="N", help="runs at a time; default: %(default)s")
+    parser.add_argument(
+        "--seeds", type=positive, default=3, metavar="N", help="how many: 0 to N-1; default: %(default)s"
+    )
+    parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at a time; default: %(default)s")
     parser.add_argument("--runs", type=Path, metavar="DIR", help="the runs' folders; default: runs/studies/NAME")
     parser.add_argument("--output", type=Path, metavar="DIR", help="for the three files; default: that of the runs")
     parser.add_argument(
@@ -54,20 +56,13 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_words(argv[:split]), list(argv[split + 1 :])
 
 
-def _count(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"takes a whole number from 1 on, got {text!r}")
-    return int(text)
-
-
 def study_of(args: argparse.Namespace, behind: Sequence[str]) -> plan.Study:
     """The study that the arguments mean.
 
     Raises:
         UserError: they mean none, or two.
     """
-    overrides = [word for word in args.words if "=" in word]
-    names = [word for word in args.words if "=" not in word]
+    names, overrides = settings_among(args.words)
     if args.variant:
         if names:
             raise UserError(f"--variant is in place of a study: leave {names[0]} out")
@@ -97,11 +92,13 @@ def run(args: argparse.Namespace, behind: Sequence[str], stop: StopSignals) -> i
     output = args.output or runs
     figure.check_matplotlib()
     planned = plan.jobs_of(study, args.seeds, runs)
+    asked = {variant.name: variant.config(0) for variant in study.variants}
+    figure.check_settings(study, asked)
+    report.check_output(output, study)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make {output}: {error.strerror}: choose another --output") from None
-    asked = {variant.name: variant.config(0) for variant in study.variants}
     macs = {name: size_of(config.model, config.data.size).macs for name, config in asked.items()}
     # The largest network of a seed first: what comes last is short, and no core waits long for it.
     began, left = time.monotonic(), sum(not job.finished for job in planned)
@@ -116,9 +113,9 @@ def run(args: argparse.Namespace, behind: Sequence[str], stop: StopSignals) -> i
     sizes = {name: size_of(config.model, config.data.size) for name, config in settled.items()}
     markdown = report.as_markdown(study, outcomes, sizes)
     settings = {v.name: {"config": v.file, "overrides": list(v.overrides)} for v in study.variants}
-    results = report.as_json(study, outcomes, sizes, settings)
-    report.write(output, markdown, results, figure.draw(study, outcomes))
+    report.write_results(output, markdown, report.as_json(study, outcomes, sizes, settings))
     print(markdown, end="")
+    report.write_figure(output, figure.draw(study, outcomes))
     took = time.monotonic() - began
     if left:
         say(f"{left} runs, {args.jobs} at a time: {took / 60:.1f} min; {output}/figure.png")

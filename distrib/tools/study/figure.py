@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from distrib.config import UserError
+from distrib.config import Config, UserError
 from distrib.tools.study.outcome import METRICS, Outcome, mean_curve, mean_gradients
 from distrib.tools.study.plan import Study
 
@@ -25,6 +25,13 @@ def check_matplotlib() -> None:
     """Raises UserError where matplotlib is missing: before hours of training, not behind them."""
     if find_spec("matplotlib") is None:
         raise UserError("the figure needs matplotlib: pip install 'distrib[plots]'")
+
+
+def check_settings(study: Study, configs: Mapping[str, Config]) -> None:
+    """Raises UserError where a variant will not write what the figure shows: also before the training."""
+    bare = next((name for name, config in configs.items() if not config.log.layers), None)
+    if study.about.figure == "gradients" and bare is not None:
+        raise UserError(f"the figure of gradients needs log.layers=true in every variant: {bare} is without")
 
 
 def draw(study: Study, outcomes: Mapping[str, Sequence[Outcome]]) -> bytes:
@@ -60,7 +67,13 @@ def _curves(study: Study, outcomes: Mapping[str, Sequence[Outcome]]) -> Any:
     figure, axes = _subplots(len(panels), 4.2 * len(panels), sharey=True)
     for ax, (title, variants) in zip(axes, panels.items(), strict=True):
         for k, variant in enumerate(variants):
-            epochs, mean, low, high = zip(*mean_curve(outcomes[variant]), strict=True)
+            points = mean_curve(outcomes[variant])
+            if not points:
+                raise UserError(
+                    f"{variant}: its seeds have no epoch in common to draw a curve of: make it "
+                    "figure: points, or remove the folders of its runs and train them without a stop"
+                )
+            epochs, mean, low, high = zip(*points, strict=True)
             colour = COLOURS[k % len(COLOURS)]
             ax.plot(epochs, mean, color=colour, linestyle=DASHES[k % len(DASHES)], label=variant, linewidth=1.8)
             ax.fill_between(epochs, low, high, color=colour, alpha=0.2, linewidth=0)
@@ -77,9 +90,15 @@ def _gradients(study: Study, outcomes: Mapping[str, Sequence[Outcome]]) -> Any:
     tables = {
         name: mean_gradients(runs, lambda layer: bool(CONVOLUTION.search(layer))) for name, runs in outcomes.items()
     }
+    bare = next((name for name, (_, _, rows) in tables.items() if not rows), None)
+    if bare is not None:
+        raise UserError(
+            f"{bare}: its runs hold no norms of gradients at a step that all seeds have: remove the folders of its "
+            "runs, and train them with log.layers=true and without a stop"
+        )
     norms = [value for _, _, rows in tables.values() for row in rows for value in row if value > 0]
     if not norms:
-        raise UserError("the runs hold no norms of the layers' gradients: log.layers=true writes them")
+        raise UserError("no norm of a gradient is above 0 in any run: there is nothing to draw")
     figure, axes = _subplots(len(tables), 4.2 * len(tables) + 0.8, sharey=True)
     scale = LogNorm(min(norms), max(norms))
     for ax, (name, (steps, layers, rows)) in zip(axes, tables.items(), strict=True):

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from distrib.config import UserError
@@ -37,29 +37,45 @@ def train_all(jobs: Sequence[Job], at_once: int, stop: Callable[[], bool], train
     done = len(jobs) - len(waiting)
     with bar(f"{len(jobs)} runs") as tell:
         tell(done, len(jobs))
-        while running or (waiting and code == FINISHED):
-            if code == FINISHED and stop():
-                code = STOPPED
-            while waiting and code == FINISHED and len(running) < at_once:
-                job = waiting.pop(0)
-                running[_start(job, at_once, train)] = job
-            if code != FINISHED and not asked:
-                asked = True
-                for process in running:
-                    process.terminate()
-            for process in [process for process in running if process.poll() is not None]:
-                job = running.pop(process)
-                if process.returncode == FINISHED:
-                    done += 1
-                    say(f"{done}/{len(jobs)} {job.variant}, seed {job.seed}: {_told(job)}")
-                    tell(done, len(jobs))
-                elif code == FINISHED:
-                    code = process.returncode if process.returncode > 0 else FAILED
-                    if code != STOPPED:
-                        say(f"{job.variant}, seed {job.seed}: {_last_line(log_of(job))}")
-                        say(f"it ended with {process.returncode}; {log_of(job)} says more")
-            time.sleep(LOOK_SECONDS)
+        try:
+            while running or (waiting and code == FINISHED):
+                if code == FINISHED and stop():
+                    code = STOPPED
+                while waiting and code == FINISHED and len(running) < at_once:
+                    job = waiting.pop(0)
+                    running[_start(job, at_once, train)] = job
+                if code != FINISHED and not asked:
+                    asked = True
+                    for process in running:
+                        process.terminate()
+                for process in [process for process in running if process.poll() is not None]:
+                    job = running.pop(process)
+                    if process.returncode == FINISHED:
+                        done += 1
+                        say(f"{done}/{len(jobs)} {job.variant}, seed {job.seed}: {_told(job)}")
+                        tell(done, len(jobs))
+                    elif code == FINISHED:
+                        code = process.returncode if process.returncode > 0 else FAILED
+                        if code != STOPPED:
+                            say(f"{job.variant}, seed {job.seed}: {_last_line(log_of(job))}")
+                            say(f"it ended with {process.returncode}; {log_of(job)} says more")
+                time.sleep(LOOK_SECONDS)
+        finally:
+            _end(running)
     return code
+
+
+def _end(processes: Collection[subprocess.Popen[bytes]]) -> None:
+    """Asks what still runs, after an error or a second Ctrl-C, to save and stop; at a third one, kills it."""
+    try:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait()
+    except KeyboardInterrupt:
+        for process in processes:
+            process.kill()
+        raise
 
 
 def log_of(job: Job) -> Path:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distrib.config import UserError
 from distrib.jsonl import dumps, replace_file
 from distrib.tools.study.compare import compare, spread, table
-from distrib.tools.study.network import Size
 from distrib.tools.study.outcome import COMPARED, METRICS, Outcome
 from distrib.tools.study.plan import Study
+
+if TYPE_CHECKING:
+    from distrib.models.count import Counts
+
+RESULTS, TABLE, FIGURE = "results.json", "table.md", "figure.png"
 
 Outcomes = Mapping[str, Sequence[Outcome]]
 
@@ -22,7 +27,7 @@ def values_of(outcomes: Outcomes, metric: str) -> dict[str, list[float]]:
     return {variant: [run.values[metric] for run in runs] for variant, runs in outcomes.items()}
 
 
-def as_markdown(study: Study, outcomes: Outcomes, sizes: Mapping[str, Size]) -> str:
+def as_markdown(study: Study, outcomes: Outcomes, sizes: Mapping[str, Counts]) -> str:
     """An overview, then each compared metric with the seeds' values."""
     head = ["variant", "parameters", "MACs", *(name for name, _ in METRICS.values())]
     overview = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
@@ -39,7 +44,9 @@ def as_markdown(study: Study, outcomes: Outcomes, sizes: Mapping[str, Size]) -> 
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
-def as_json(study: Study, outcomes: Outcomes, sizes: Mapping[str, Size], settings: Mapping[str, Any]) -> dict[str, Any]:
+def as_json(
+    study: Study, outcomes: Outcomes, sizes: Mapping[str, Counts], settings: Mapping[str, Any]
+) -> dict[str, Any]:
     """All figures. ``settings``: each variant's words for train.py."""
     variants = {}
     for variant, runs in outcomes.items():
@@ -63,19 +70,44 @@ def as_json(study: Study, outcomes: Outcomes, sizes: Mapping[str, Size], setting
     return {"study": study.name, **study.about.model_dump(mode="json"), "variants": variants}
 
 
-def write(output: Path, markdown: str, results: Mapping[str, Any], figure: bytes) -> None:
-    """Writes ``table.md``, ``results.json`` and ``figure.png``.
+def check_output(output: Path, study: Study) -> None:
+    """Looks whether ``output`` may be written to: before hours of training, not behind them.
+
+    Raises:
+        UserError: a file of one of the three names is there, and is not known to be this study's.
+    """
+    there = next((name for name in (RESULTS, TABLE, FIGURE) if (output / name).exists()), None)
+    if there is None:
+        return
+    try:
+        results = json.loads((output / RESULTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        results = None
+    if not isinstance(results, dict) or results.get("study") != study.name:
+        raise UserError(f"{output / there} is not of the study {study.name}: choose another --output, or move it away")
+
+
+def write_results(output: Path, markdown: str, results: Mapping[str, Any]) -> None:
+    """Writes ``results.json``, which tells whose folder this is, and then ``table.md``.
 
     Raises:
         UserError: they cannot be written.
     """
-    files = {
-        "table.md": markdown.encode(),
-        "results.json": f"{dumps(results, indent=2)}\n".encode(),
-        "figure.png": figure,
-    }
-    for name, data in files.items():
-        try:
-            replace_file(output / name, data)
-        except OSError as error:
-            raise UserError(f"cannot write {output / name}: {error.strerror}: choose another --output") from None
+    _write(output / RESULTS, f"{dumps(results, indent=2)}\n".encode())
+    _write(output / TABLE, markdown.encode())
+
+
+def write_figure(output: Path, figure: bytes) -> None:
+    """Writes ``figure.png``.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    _write(output / FIGURE, figure)
+
+
+def _write(file: Path, data: bytes) -> None:
+    try:
+        replace_file(file, data)
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror}: choose another --output") from None
