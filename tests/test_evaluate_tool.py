@@ -243,7 +243,7 @@ def test_a_checkpoint_of_another_version(tmp_path: Path) -> None:
     [
         ("net.onnx", b"\x08\x08\x12\x07pytorch", "is a network for other programs, not weights"),
         ("net.pt2", b"PK\x03\x04", "is a network for other programs, not weights"),
-        ("evil.pt", pickle.dumps({"a": os.system}), "another program's pickle, and to load that may run code"),
+        ("evil.pt", pickle.dumps({"a": os.system}), "another program's pickle, which may run code"),
         ("old.pt", b"\x80\x02\x8a", "is damaged, or no file of weights but another program's pickle"),
     ],
 )
