@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from distrib.data.workers import WorkerLoader
 from distrib.engine.evaluate import Evaluator
 from distrib.engine.inference import Classifier
 from distrib.engine.prepare import DTYPES, Objective, effective_precision, set_up_device
-from distrib.faults import Agreement, Interrupted, StopSignals
+from distrib.faults import Agreement, Failure, Interrupted, StopSignals
 from distrib.layout import find_split
 from distrib.layout.splits import Split
 from distrib.place import Place
@@ -85,6 +86,7 @@ def evaluate(args: argparse.Namespace, place: Place, stop: StopSignals) -> dict[
 
     Raises:
         UserError: weights or data are not there, or do not fit each other.
+        Failure: the device has too little memory for a batch.
         Interrupted: asked to stop before the evaluation began.
     """
     tell = say if place.rank == 0 else lambda text: None
@@ -107,6 +109,12 @@ def evaluate(args: argparse.Namespace, place: Place, stop: StopSignals) -> dict[
     except (UserError, Interrupted):
         leave()
         raise
+    except torch.OutOfMemoryError:
+        leave()
+        raise Failure(
+            f"{runtime.device} has too little memory for {cfg.eval_batch} pictures at once: "
+            f"set data.eval_batch={max(1, cfg.eval_batch // 2)} or less"
+        ) from None
     leave()
     return result
 
@@ -204,6 +212,6 @@ def _others(columns: Sequence[int], outputs: int) -> torch.Tensor | None:
 
 
 def _real_labels(file: str, index: Index, outputs: int) -> list[Sequence[int]]:
-    path = Path(file).expanduser()
+    path = Path(os.path.expanduser(file))
     labels = read_labels(path, outputs)
     return labels_of([index.encoded_path(sample) for sample in range(len(index))], labels, path)
