@@ -10,6 +10,7 @@ neighbour lies in the same folder, and how often one drawn at random would.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     try:
         vectors = np.load(args.features)
-        names = args.features.with_suffix(".txt").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        names = os.fsdecode(args.features.with_suffix(".txt").read_bytes()).removesuffix("\n").split("\n")
         if args.output.exists():
             raise ValueError(f"{args.output} exists")
         if vectors.ndim != 2 or len(vectors) != len(names):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -75,14 +76,15 @@ class Output:
         Raises:
             UserError: something is there already, or nothing can be written there.
         """
-        self.path = Path(path).expanduser()
+        self.path = Path(os.path.expanduser(path))
         folder = self.path.parent
-        if os.path.lexists(self.path):
-            raise UserError(f"{shown(self.path)} exists: name another file, or remove it")
-        if not folder.is_dir():
-            raise UserError(f"cannot write {shown(self.path)}: there is no folder {shown(folder)}")
-        self._beside = self.path.with_name(f".{self.path.stem}-{os.getpid()}{self.path.suffix}")
+        # Short, as the file's own name may be as long as the disk takes; drawn, as machines share disks and numbers.
+        self._beside = folder / f".part-{secrets.token_hex(8)}{self.path.suffix}"
         try:
+            if _is_there(self.path):
+                raise UserError(f"{shown(self.path)} exists: name another file, or remove it")
+            if not os.path.isdir(folder):
+                raise UserError(f"cannot write {shown(self.path)}: there is no folder {shown(folder)}")
             with self._beside.open("xb") as file:
                 file.write(bytes(4096))
                 file.flush()
@@ -90,7 +92,8 @@ class Output:
         except OSError as error:
             raise UserError(f"cannot write {shown(self.path)}: {reason(error)}") from None
         finally:
-            self._beside.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._beside.unlink()
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[Path]:
@@ -109,30 +112,48 @@ class Output:
 
 
 @contextlib.contextmanager
-def writing(*outputs: Output) -> Iterator[list[Path]]:
+def writing(*outputs: Output, folder: Path | None = None) -> Iterator[list[Path]]:
     """The names beside those of ``outputs``, which all become the files when the block ends, in this order, or none.
+
+    Args:
+        folder: on the same disk, where they lie meanwhile instead, under names that do not change.
 
     Raises:
         UserError: one cannot be written; nothing of them stays.
     """
     placed: list[Path] = []
+    places = [folder / f"new-{k}{o.path.suffix}" if folder else o.beside for k, o in enumerate(outputs)]
     try:
-        yield [output.beside for output in outputs]
-        for output in outputs:
-            descriptor = os.open(output.beside, os.O_RDONLY)
+        yield places
+        for place in places:
+            descriptor = os.open(place, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-        for output in outputs:
-            if os.path.lexists(output.path):
+        for place, output in zip(places, outputs, strict=True):
+            if _is_there(output.path):
                 raise UserError(f"{shown(output.path)} was made by somebody else meanwhile: name another file")
-            os.rename(output.beside, output.path)
+            os.rename(place, output.path)
             placed.append(output.path)
         placed.clear()
     except OSError as error:
         names = " and ".join(shown(output.path) for output in outputs)
         raise UserError(f"cannot write {names}: {reason(error)}") from None
     finally:
-        for path in [*placed, *(output.beside for output in outputs)]:
-            path.unlink(missing_ok=True)
+        for path in [*placed, *places]:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is something under the name, be it a broken link.
+
+    Raises:
+        OSError: it cannot be: the name is too long, say, or the folder not ours to look into.
+    """
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True

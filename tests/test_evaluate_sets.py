@@ -26,6 +26,8 @@ from evaluating import (
 from loading import DEPRECATED
 
 from distrib.config import Config, UserError
+from distrib.engine.prepare import Objective
+from distrib.faults import Failure
 from distrib.layout import imagenet
 from distrib.models import build_model
 from distrib.tools.evaluate.report import sentence, tables
@@ -230,3 +232,14 @@ def test_real_labels_of_other_pictures_or_classes(made: Set, by_wnid: Path, tmp_
     file = save(varied(4), tmp_path / "four.pth")
     with pytest.raises(UserError, match="ImageNet's 1,000 classes, which are not the 4 of"):
         score(file, "--data", by_wnid, "--real", tmp_path / "real.json")
+    with pytest.raises(UserError, match=r"cannot read ~nobody-of-that-name/real\.json"):
+        score(made.weights, "--data", by_wnid, "--real", "~nobody-of-that-name/real.json", *sized())
+
+
+def test_too_little_memory(made: Set, validation: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def small(self: Objective, images: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Objective, "logits", small)
+    with pytest.raises(Failure, match=r"cpu has too little memory for 12 .* at once: set data\.eval_batch=6 or less"):
+        score(made.weights, "--data", validation, "data.eval_batch=12", *sized())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
@@ -151,19 +150,34 @@ def test_a_stopped_one_goes_on(
 CHANGES: list[list[object]] = [["--stage=layer2"], ["--exact"], ["--batch=4"], ["data.mean=[1,2,3]"]]
 
 
-@pytest.mark.parametrize("words", [*CHANGES, ["picture"], ["weights"]])
+@pytest.mark.parametrize("words", [*CHANGES, ["picture"], ["weights"], ["weights", "no batch"]])
 def test_the_leftover_of_another_command(
-    folder: Path, tmp_path: Path, words: list[object], capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    tmp_path: Path,
+    words: list[object],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     changed = folder / "pictures" / "07.png"
     with pytest.raises(Interrupted):
         extract(folder, tmp_path / "f.npy", "--batch=8", stop=Stop(1))
-    options: dict[str, Any] = {"weights": "other.pt"} if words == ["weights"] else {}
+    options: dict[str, Any] = {"weights": "other.pt"} if "weights" in words else {}
     if words == ["picture"]:
         os.utime(changed)
-    given = ["--batch=8", *(words if words not in (["picture"], ["weights"]) else [])]
+    given = [word for word in words if str(word).partition("=")[2]] + ["--exact"] * ("--exact" in words)
+    if "no batch" not in words:
+        given.insert(0, "--batch=8")
     capsys.readouterr()
-    extract(folder, tmp_path / "f.npy", *given, **options)
+    seen, features = set[int](), Classifier.features
+
+    def counted(self: Classifier, images: torch.Tensor, stage: str) -> torch.Tensor:
+        seen.add(len(images))
+        return features(self, images, stage)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Classifier, "features", counted)
+        extract(folder, tmp_path / "f.npy", *given, **options)
+    assert max(seen) == {"--batch=4": 4, "no batch": tool.CPU_BATCH}.get(str(words[-1]), 8)
     assert "going on" not in capsys.readouterr().err
     extract(folder, tmp_path / "anew.npy", *given, **options)
     assert (tmp_path / "f.npy").read_bytes() == (tmp_path / "anew.npy").read_bytes()
@@ -204,10 +218,38 @@ def test_outputs_appear_together(folder: Path, tmp_path: Path, monkeypatch: pyte
         extract(folder, tmp_path / "f.npy")
     assert os.listdir(tmp_path) == [".f.npy.work"]
     monkeypatch.setattr(os, "rename", rename)
-    # As a kill between the two names leaves it: the names are ours.
+    # As a kill between the two names leaves it: the names are ours, and so is what is half written.
+    (folder_of(tmp_path / "f.npy") / "new-1.npy").write_bytes(b"half")
     (tmp_path / "f.txt").write_text("".join(f"{folder}/pictures/{k:02d}.png\n" for k in range(COUNT)))
     extract(folder, tmp_path / "f.npy")
     assert sorted(os.listdir(tmp_path)) == ["f.npy", "f.txt"]
+
+
+def test_another_one_begins_while_outputs_appear(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename, refused = os.rename, []
+
+    def watched(source: Any, target: Any) -> None:
+        if str(target).endswith("f.npy"):
+            assert (tmp_path / "f.txt").exists()
+            assert sorted(os.listdir(tmp_path)) == [".f.npy.work", "f.txt"]  # nothing half written beside it
+            with pytest.raises(UserError, match="another process is writing") as error:
+                extract(folder, tmp_path / "f.npy")
+            refused.append(error)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", watched)
+    extract(folder, tmp_path / "f.npy")
+    assert len(refused) == 1
+    assert sorted(os.listdir(tmp_path)) == ["f.npy", "f.txt"]
+    assert len((tmp_path / "f.txt").read_text().splitlines()) == len(np.load(tmp_path / "f.npy")) == COUNT
+
+
+def test_a_name_as_long_as_the_disk_takes(folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / ("f" * 251 + ".npy")
+    with pytest.raises(Interrupted):
+        extract(folder, output, "--batch=8", stop=Stop(1))
+    extract(folder, output, "--batch=8")
+    assert sorted(os.listdir(tmp_path)) == [output.name, output.with_suffix(".txt").name]
 
 
 def test_a_torn_line_is_done_again(folder: Path, tmp_path: Path) -> None:
@@ -227,7 +269,6 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
     first.close()
     Work(tmp_path / "f.npy", {}, 3, None, 8).remove()
     assert os.listdir(tmp_path) == []
-    assert fcntl.LOCK_NB
 
 
 @pytest.mark.parametrize(
@@ -237,6 +278,7 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
         (["--output={place}/there.npy"], "there.npy exists"),
         (["--output={place}/names.npy"], "names.txt exists"),
         (["--output={place}/none/f.npy"], "there is no folder"),
+        (["--output=~nobody-of-that-name/f.npy"], "there is no folder ~nobody-of-that-name"),
         (["--output={place}/f.npy", "--stage=layer4"], "resnet20 has conv1, layer1, layer2, layer3, fc"),
         (["--output={place}/f.npy", "--batch=0"], "--batch 0"),
         (["--output={place}/f.npy", "{place}/line\nbreak.png"], "has a line break in its name"),

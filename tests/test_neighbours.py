@@ -33,13 +33,13 @@ def test_sheet_and_share(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     for name, colour in colours.items():
         (tmp_path / name).mkdir()
         for k in range(3):
-            file = tmp_path / name / f"{k}.png"
+            file = tmp_path / name / f"{k}\r\u2028.png"  # not the end of a line
             Image.new("RGB", (10 + k, 20), colour).save(file)
             names.append(str(file))
             vectors.append([*colour, 10 * k])
     vectors[2] = vectors[3]  # one red picture looks blue
     np.save(tmp_path / "f.npy", np.array(vectors, np.float32))
-    (tmp_path / "f.txt").write_text("\n".join(names) + "\n")
+    (tmp_path / "f.txt").write_bytes("".join(f"{name}\n" for name in names).encode())
     words = [str(tmp_path / "f.npy"), str(tmp_path / "s.png"), "--rows=2", "--columns=2", "--tile=8"]
     assert neighbours.main(words) == 0
     # Chance: of five others, two are in the same folder.
@@ -47,8 +47,8 @@ def test_sheet_and_share(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     with Image.open(tmp_path / "s.png") as file:
         sheet = file.convert("RGB")
         assert sheet.size == (3 * 10 + 6, 2 * 10 - 2)
-        assert [sheet.getpixel((x, 4)) for x in (4, 22, 32)][:2] == [(255, 0, 0), (255, 0, 0)]
-        assert sheet.getpixel((4, 14)) == (0, 0, 255)
+        assert [sheet.getpixel((x, 4)) for x in (4, 22, 32)] == [(255, 0, 0)] * 3  # the last looks blue, as others do
+        assert [sheet.getpixel((x, 14)) for x in (4, 22, 32)] == [(0, 0, 255), (0, 0, 255), (255, 0, 0)]
         assert sheet.getpixel((11, 4)) == (255, 255, 255)
     assert neighbours.main(words) == 2  # it is there
     assert capsys.readouterr().err.startswith("error: ")

@@ -59,6 +59,18 @@ def test_from_the_root_of_the_disk(tree: Path, tmp_path: Path) -> None:
     assert os.fspath(index.path(1)) == "/etc/passwd"
 
 
+def test_the_folder_above_a_link(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``link/..`` is the folder above the one that the link leads to."""
+    (tmp_path / "link").symlink_to(tree / "many" / "below")
+    monkeypatch.chdir(tmp_path)
+    index = index_pictures([Path("link/../a.png"), tree / "many" / "c.png"], tmp_path / "lists")
+    assert [index.path(k) for k in range(2)] == [tree / "many" / "a.png", tree / "many" / "c.png"]
+    found, _ = find_pictures(["link/.."])
+    assert [os.fspath(file) for file in found] == [f"link/../{name}" for name in ("a.png", "c.png", "below/b.png")]
+    with pytest.raises(UserError, match="/ is the whole disk"):
+        find_pictures(["/"])
+
+
 def test_imagenets_classes() -> None:
     names = imagenet.wnids()
     assert len(set(names)) == 1000

@@ -20,6 +20,7 @@ from PIL import Image
 
 from distrib.config import DataConfig, ModelConfig, UserError
 from distrib.data.pictures import find_readable
+from distrib.engine.inference import Classifier
 from distrib.faults import Failure, Interrupted
 from distrib.models import build_model
 from distrib.place import find_place
@@ -155,13 +156,17 @@ def test_many_that_are_no_pictures(folder: Path, tmp_path: Path, capsys: pytest.
     assert sum(line.startswith("cannot decode ") for line in err.splitlines()) == 100
 
 
-def test_paths_from_stdin(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_paths_from_stdin(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     files = files_of(folder)[:3]
-    text = b"\n".join(map(os.fsencode, files[:2])) + b"\n\n"
+    odd = tmp_path / "carriage\rreturn.png"
+    odd.symlink_to(files[1])
+    text = b"\n".join(map(os.fsencode, [files[0], odd])) + b"\n\n"
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(text)))
     predict(files[2], "-", "--weights", folder / "named.pt", "--json", *SIZES)
     found = [json.loads(line)["file"] for line in capsys.readouterr().out.splitlines()]
-    assert found == list(map(str, [files[2], files[0], files[1]]))
+    assert found == list(map(str, [files[2], files[0], odd]))
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(b"\n")))
     with pytest.raises(UserError, match="no picture is named"):
         predict("-", "--weights", folder / "named.pt")
@@ -174,6 +179,38 @@ def test_a_request_to_stop(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
             stop=SimpleNamespace(requested=lambda: True),
         )  # fmt: skip
     assert capsys.readouterr().out.count("\n") == 32  # the batch that was begun
+    predict(
+        files_of(folder)[0], "--weights", folder / "named.pt", *SIZES, stop=SimpleNamespace(requested=lambda: True)
+    )  # all was done before it came
+
+
+def test_too_little_memory(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [folder / "pictures", "--weights", folder / "named.pt", "--exact", *SIZES, "data.loader=torchvision"]
+    predict(*words)
+    wanted = capsys.readouterr().out
+    seen, logits, most = list[int](), Classifier.logits, [5]
+
+    def small(self: Classifier, images: torch.Tensor) -> torch.Tensor:
+        seen.append(len(images))
+        if len(images) > most[0]:
+            raise torch.OutOfMemoryError
+        return logits(self, images)
+
+    monkeypatch.setattr(Classifier, "logits", small)
+    predict(*words)
+    assert capsys.readouterr().out == wanted
+    assert seen == [32, 16, 8] + 10 * [4]
+    most[0] = 0
+    with pytest.raises(Failure, match="cpu has too little memory for one of 32 pixels"):
+        predict(*words)
+
+
+def test_no_numbers(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each line is JSON, also where the network's numbers were too large for their type."""
+    monkeypatch.setattr(Classifier, "logits", lambda self, images: torch.full((len(images), 7), torch.inf))
+    predict(files_of(folder)[0], "--weights", folder / "named.pt", "--json", *SIZES)
+    line = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert [entry["probability"] for entry in line["top"]] == [None] * 5
 
 
 @pytest.mark.parametrize(

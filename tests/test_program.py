@@ -110,6 +110,29 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
         Output(tmp_path / "missing" / "file.txt")
 
 
-def test_a_place_that_cannot_be_written() -> None:
+def test_a_place_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"cannot write /proc/file\.txt"):
         Output("/proc/file.txt")
+    with pytest.raises(UserError, match="there is no folder ~nobody-of-that-name"):
+        Output("~nobody-of-that-name/file.txt")
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match="there is no folder"):
+        Output(tmp_path / "file" / "file.txt")
+    with pytest.raises(UserError, match="exists"):
+        Output("/")
+
+    def refuse(*args: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "lstat", refuse)
+    with pytest.raises(UserError, match=r"cannot write .*: Permission denied"):
+        Output(tmp_path / "file.txt")
+
+
+def test_long_names(tmp_path: Path) -> None:
+    name = "f" * 251 + ".txt"
+    with Output(tmp_path / name).writing() as place:
+        place.write_text("all of it")
+    assert os.listdir(tmp_path) == [name]
+    with pytest.raises(UserError, match="File name too long"):
+        Output(tmp_path / f"f{name}")

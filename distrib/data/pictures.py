@@ -26,7 +26,7 @@ def find_pictures(paths: Iterable[str]) -> tuple[list[Path], list[str]]:
     A file is taken whatever its name. Hidden files, and other files in a folder, are passed over.
 
     Raises:
-        UserError: a folder cannot be read, or holds no picture.
+        UserError: a folder cannot be read, holds no picture, or is the root.
     """
     found: list[Path] = []
     missing: list[str] = []
@@ -34,7 +34,9 @@ def find_pictures(paths: Iterable[str]) -> tuple[list[Path], list[str]]:
         path = Path(os.path.expanduser(text))
         inside: list[Path] = []
         if os.path.isdir(path):
-            above, own = os.path.split(os.fsencode(os.path.abspath(path)))
+            above, own = os.path.split(os.fsencode(os.path.realpath(path)))
+            if not own:
+                raise UserError(f"{shown(path)} is the whole disk: name folders in it")
             for folder in walk(Path(os.fsdecode(above)), own):
                 here = path / os.fsdecode(os.path.relpath(folder.path, own))
                 inside += [here / os.fsdecode(name) for name in folder.pictures]
@@ -54,11 +56,18 @@ def index_pictures(files: Sequence[Path], folder: Path) -> Index:
     Raises:
         UserError: ``folder`` cannot be written.
     """
-    absolute = [os.fsencode(os.path.abspath(file)) for file in files]
+    absolute = [os.fsencode(_absolute(file)) for file in files]
     root = os.path.commonpath([os.path.dirname(path) for path in absolute])
     names = [os.path.relpath(path, root) for path in absolute]
     split = Split("val", Path(os.fsdecode(root)))
     return write_index(folder, Listing(split, [b"."], [0], {}, names, np.zeros(len(names), dtype=np.int32)))
+
+
+def _absolute(file: Path) -> str:
+    """A name without ``..`` that opens the same file: what a link's ``..`` is, only the disk knows."""
+    if ".." in file.parts:
+        return os.path.join(os.path.realpath(file.parent), file.name)
+    return os.path.abspath(file)
 
 
 def find_readable(paths: Iterable[str], notify: Callable[[str], None]) -> tuple[list[Path], int]:

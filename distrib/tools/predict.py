@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from distrib.faults import Failure, Interrupted, StopSignals
+from distrib.jsonl import dumps
 from distrib.program import bar, run, say
+
+if TYPE_CHECKING:
+    import torch
 
 EXAMPLES = """examples:
   distrib predict cat.jpg photos/ --weights runs/resnet18-pets
@@ -58,7 +62,7 @@ def paths(words: Iterable[str]) -> Iterator[str]:
     """``words``, with the lines of stdin in the place of each ``-``."""
     for word in words:
         if word == "-":
-            yield from (os.fsdecode(line) for line in sys.stdin.buffer.read().splitlines() if line.strip())
+            yield from (os.fsdecode(line) for line in sys.stdin.buffer.read().split(b"\n") if line)
         else:
             yield word
 
@@ -68,7 +72,7 @@ def predict(args: argparse.Namespace, stop: StopSignals) -> None:
 
     Raises:
         UserError: the weights are not there or fit no network, or no picture is named.
-        Failure: some pictures could not be read; the others are printed.
+        Failure: some pictures could not be read; the others are printed. Or there is not memory enough for one.
         Interrupted: ``stop`` came first.
     """
     import torch
@@ -87,8 +91,10 @@ def predict(args: argparse.Namespace, stop: StopSignals) -> None:
         batches = load_pictures(files, trained.config.data, device, batch, say, stop.requested)
         rest = iter(files)
         with bar("predicting", wanted=len(files) > batch and not sys.stdout.isatty()) as tell, torch.inference_mode():
-            for k, (images, good) in enumerate(batches):
-                shares, order = classifier.logits(images).softmax(1).sort(dim=1, descending=True, stable=True)
+            done, fits = 0, batch
+            for images, good in batches:
+                logits, fits = in_parts(classifier, images, fits)
+                shares, order = logits.softmax(1).sort(dim=1, descending=True, stable=True)
                 rows = zip(shares[:, :top].tolist(), order[:, :top].tolist(), good, strict=True)
                 for share, classes, is_picture in rows:
                     name = os.fspath(next(rest))
@@ -99,15 +105,34 @@ def predict(args: argparse.Namespace, stop: StopSignals) -> None:
                             {"class": names[c], "title": titles[c], "probability": p}
                             for c, p in zip(classes, share, strict=True)
                         ]
-                        print(json.dumps({"file": name, "top": found}))
+                        print(dumps({"file": name, "top": found}))
                     else:
                         print(block(shown(name), [(shown(titles[c]), p) for c, p in zip(classes, share, strict=True)]))
                 sys.stdout.flush()
-                tell(min((k + 1) * batch, len(files)), len(files))
-                if stop.requested():
+                done += len(good)
+                tell(done, len(files))
+                if stop.requested() and done < len(files):
                     raise Interrupted
     if unread:
         raise Failure(f"{unread} of {asked} pictures could not be read")
+
+
+def in_parts(classifier: Any, images: torch.Tensor, fits: int) -> tuple[torch.Tensor, int]:
+    """The logits of ``images``, ``fits`` at a time, or half as many until the memory takes them; and how many it took.
+
+    Raises:
+        Failure: there is not memory enough for one.
+    """
+    import torch
+
+    while True:
+        try:
+            return torch.cat([classifier.logits(part) for part in images.split(fits)]), fits
+        except torch.OutOfMemoryError:
+            if fits == 1:
+                raise Failure(f"{images.device} has too little memory for one of {images.shape[-1]} pixels") from None
+            fits = max(1, min(fits, len(images)) // 2)
+        torch.cuda.empty_cache()
 
 
 def block(name: str, top: Sequence[tuple[str, float]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,7 @@ def evaluate(args: argparse.Namespace, place: Place, stop: StopSignals) -> dict[
 
     Raises:
         UserError: weights or data are not there, or do not fit each other.
+        Failure: the device has too little memory for a batch.
         Interrupted: asked to stop before the evaluation began.
     """
     tell = say if place.rank == 0 else lambda text: None
@@ -108,6 +110,12 @@ def evaluate(args: argparse.Namespace, place: Place, stop: StopSignals) -> dict[
     except (UserError, Failure, Interrupted):
         leave()
         raise
+    except torch.OutOfMemoryError:
+        leave()
+        raise Failure(
+            f"{runtime.device} has too little memory for {cfg.eval_batch} pictures at once: "
+            f"set data.eval_batch={max(1, cfg.eval_batch // 2)} or less"
+        ) from None
     leave()
     return result
 
@@ -209,6 +217,6 @@ def _others(columns: Sequence[int], outputs: int) -> torch.Tensor | None:
 
 
 def _real_labels(file: str, index: Index, outputs: int) -> list[Sequence[int]]:
-    path = Path(file).expanduser()
+    path = Path(os.path.expanduser(file))
     labels = read_labels(path, outputs)
     return labels_of([index.encoded_path(sample) for sample in range(len(index))], labels, path)

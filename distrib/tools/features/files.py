@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -27,19 +28,20 @@ class Files:
         """Looks at the place.
 
         Raises:
-            UserError: the suffix is none of ours, something is there already, or pyarrow is missing.
+            UserError: the suffix is none of ours, something is there already or another process at it, or pyarrow is
+                missing.
         """
-        self.path = Path(path).expanduser()
+        self.path = Path(os.path.expanduser(path))
         if self.path.suffix not in SUFFIXES:
             raise UserError(f"--output {shown(self.path)}: its name must end in {' or '.join(SUFFIXES)}")
         self._arrow = _pyarrow() if self.path.suffix == ".parquet" else None
         names = self.path.with_suffix(".txt")
-        mark = finished(self.path)  # of a command that was killed while its outputs appeared
-        if mark is not None:
-            if os.path.lexists(self.path):
+        with finished(self.path) as mark:  # of a command that was killed while its outputs appeared
+            if mark is not None and os.path.lexists(self.path):
                 shutil.rmtree(folder_of(self.path), ignore_errors=True)
-            elif self._arrow is None and names.is_file() and _sha(names.read_bytes()) == mark:
-                names.unlink()
+            elif mark is not None and self._arrow is None and _sha_of(names) == mark:
+                with contextlib.suppress(OSError):
+                    names.unlink()
         self._outputs = [Output(self.path)] if self._arrow else [Output(names), Output(self.path)]
 
     def check(self, files: Sequence[str]) -> None:
@@ -61,7 +63,7 @@ class Files:
             UserError: the disk does not take it.
         """
         names = [files[k] for k in work.good().tolist()]
-        with writing(*self._outputs) as places:
+        with writing(*self._outputs, folder=work.folder) as places:
             if self._arrow is not None:
                 _write_parquet(self._arrow, places[0], work, names, about)
                 mark = ""
@@ -103,6 +105,14 @@ def _pyarrow() -> ModuleType:
             f"a .parquet needs pyarrow ({error}): pip install 'distrib[parquet]', or write a .npy"
         ) from None
     return pyarrow
+
+
+def _sha_of(file: Path) -> str | None:
+    """None where there is no file to be read."""
+    try:
+        return _sha(file.read_bytes()) if file.is_file() else None
+    except OSError:
+        return None
 
 
 def _sha(data: bytes) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -35,7 +36,7 @@ class Work:
 
         Args:
             purpose: what decides the rows, as JSON has it.
-            batch: rows a batch; None: as begun, else ``default``. Other borders give other last bits.
+            batch: rows a batch; None: as the same work was begun, else ``default``. Other borders give other last bits.
 
         Raises:
             UserError: nothing can be written there, or another process is at it.
@@ -45,14 +46,17 @@ class Work:
         self._unsaved, self._saved_at = list[int](), time.monotonic()
         try:
             self.folder.mkdir(exist_ok=True)
-            self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            self._hold(output)
+            self._lock, _ = _hold(output, os.O_CREAT)
             begun = self._begun()
-            self.batch = batch or begun.get("batch", default)
+            same = {key: value for key, value in begun.items() if key != "batch"} == dict(purpose) | {
+                "columns": columns
+            }
+            self.batch = batch or (begun["batch"] if same and "batch" in begun else default)
             meta = dict(purpose) | {"columns": columns, "batch": self.batch}
             if begun != meta:
-                for name in ("meta.json", "progress", "rows", "finishing"):
-                    (self.folder / name).unlink(missing_ok=True)
+                for name in os.listdir(self.folder):
+                    if name != "lock":
+                        (self.folder / name).unlink()
                 write_file(self.folder / "new", json.dumps(meta).encode())
                 os.rename(self.folder / "new", self.folder / "meta.json")
             self._take_over()
@@ -62,15 +66,6 @@ class Work:
             )
         except OSError as error:
             raise UserError(f"cannot write {shown(self.folder)}: {reason(error)}") from None
-
-    def _hold(self, output: Path) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
-            raise UserError(f"another process is writing {shown(output)}: wait for it, or name another file") from None
-        except OSError:  # a disk without locks
-            return
 
     def _begun(self) -> dict[str, Any]:
         try:
@@ -154,12 +149,45 @@ class Work:
 
 def folder_of(output: Path) -> Path:
     """Where the work for an output lies."""
-    return output.with_name(f".{output.name}.work")
+    name = os.fsencode(output.name)
+    if len(name) > 240:  # bytes; a disk takes 255
+        name = hashlib.sha256(name).hexdigest().encode()
+    return output.with_name(f".{os.fsdecode(name)}.work")
 
 
-def finished(output: Path) -> str | None:
-    """The mark of the work for ``output`` whose outputs were about to appear when it was killed."""
+@contextlib.contextmanager
+def finished(output: Path) -> Iterator[str | None]:
+    """The mark of the work for ``output`` whose outputs were about to appear when it was killed; held meanwhile.
+
+    None also on a disk without locks, where the process may be alive.
+
+    Raises:
+        UserError: another process is at it.
+    """
     try:
-        return (folder_of(output) / "finishing").read_text(encoding="utf-8")
+        lock, held = _hold(output)
     except OSError:
-        return None
+        yield None
+        return
+    try:
+        mark = None
+        folder = folder_of(output)
+        with contextlib.suppress(OSError):
+            if held and os.path.samestat(os.fstat(lock), os.stat(folder / "lock")):  # not removed since it was opened
+                mark = (folder / "finishing").read_text(encoding="utf-8")
+        yield mark
+    finally:
+        os.close(lock)
+
+
+def _hold(output: Path, flags: int = 0) -> tuple[int, bool]:
+    """The open lock of the work for ``output``, and whether it is locked: not on a disk without locks."""
+    lock = os.open(folder_of(output) / "lock", os.O_RDWR | os.O_CLOEXEC | flags, 0o666)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise UserError(f"another process is writing {shown(output)}: wait for it, or name another file") from None
+    except OSError:
+        return lock, False
+    return lock, True
