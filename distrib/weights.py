@@ -209,7 +209,7 @@ def _parse(data: bytes, name: str) -> Mapping[str, Any]:
         if data[:1] == PICKLE:
             raise UserError(
                 f"{name} is damaged, or no file of weights but another program's pickle, which may run code when it "
-                "is loaded: copy it again, or save the state dict alone, torch.save(network.state_dict(), FILE)"
+                "is loaded: copy it again, or save the state dict alone (model.weights)"
             ) from None
         raise UserError(
             f"{name} is damaged, or no file of weights (torch.save's or safetensors): copy it again, or name another "
