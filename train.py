@@ -294,8 +294,8 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
     What must be let go of, however the run ends, goes to ``leaving``.
     """
     config = asked.config
-    check_network(config)
     runtime = start(asked.place, STOP, config.data.wait_minutes)
+    runtime.on_each(lambda: check_network(config))
     device, precision = runtime.device, effective_precision(config.train.precision, runtime.device)
     set_up_device(device, precision, config.train.deterministic)
     say = partial(print, file=sys.stdout if runtime.is_main else sys.stderr, flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -16,6 +17,8 @@ from distrib.layout import count_classes
 from distrib.options import parse_args
 from distrib.place import Place, find_job, find_place, publish
 from distrib.surroundings import check_limits
+
+LATER = 1.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,10 @@ def read_start(argv: Sequence[str]) -> Start:
     except UserError as error:
         if place.rank == 0 or not error.everywhere:
             print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(report_exit(USER_ERROR, str(error))) from None
+        code = report_exit(USER_ERROR, str(error))
+        if place.world > 1:  # torchrun ends the others as soon as one has ended, and they are about to say the same
+            time.sleep(LATER)
+        raise SystemExit(code) from None
     return Start(config, place, find_job(os.environ), args.fresh, args.resume == "must")
 
 
