@@ -60,7 +60,7 @@ def medians(report: dict[str, Any], unit: str) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("", "train|model|loader|index|photos"),
+        ("", "train|model|loader|inference|index|photos"),
         ("bogus", "invalid choice: 'bogus'"),
         ("model --batch 0", "argument --batch: '0' is not a whole number of 1 or more"),
         ("model --model resnet20", "resnet20 is not one of torchvision's"),
@@ -72,6 +72,8 @@ def medians(report: dict[str, Any], unit: str) -> dict[str, float]:
         ("index --files 10", "--files 10 ≥ --batch 32768"),
         ("loader --data /nowhere", "no data at /nowhere/train"),
         ("loader --photos 20 --data .", "not allowed with"),
+        ("inference --model resnet20", "resnet20 is not one of torchvision's"),
+        ("inference --validate /nowhere.py", "there is no such file"),
         ("photos 3", "3 photographs are fewer than their 10 classes"),
     ],
 )
@@ -197,6 +199,16 @@ def test_loader(tmp_path: Path) -> None:
     assert {"ours, torchvision", "ImageFolder + DataLoader"} <= set(medians(report, "images/s"))
     assert "ours, torchvision / ImageFolder + DataLoader" in medians(report, "ratio")
     assert ("ours, DALI / plain DALI" in medians(report, "ratio")) or "DALI is not installed" in report["notes"][0]
+
+
+def test_inference(tmp_path: Path) -> None:
+    """validate.py's place is taken by a script that takes its words and does nothing."""
+    (tmp_path / "validate.py").write_text("import sys; assert '--checkpoint' in sys.argv")
+    words = ["--validate", str(tmp_path / "validate.py"), "--model", "resnet18", "--photos", "20", "--size", "32"]
+    report = measure(tmp_path, "inference", *words, "--workers", "1", "--rounds", "1")
+    sides = medians(report, "pictures/s")
+    assert {"evaluate, fp32", "evaluate --fast", "features", "features --exact", "torchvision loop, fp32"} < set(sides)
+    assert len(medians(report, "ratio")) == 5
 
 
 def run_script(**variables: str) -> subprocess.CompletedProcess[str]:
