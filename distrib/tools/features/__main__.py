@@ -103,7 +103,7 @@ def extract(args: argparse.Namespace, stop: StopSignals) -> None:
         raise
     work.remove()
     if unread:
-        left = f"are left out of {args.output}" if unread < asked else "nothing is written"
+        left = f"{args.output} has the others" if unread < asked else "nothing is written"
         raise Failure(f"{unread} of {asked} pictures could not be read: {left}")
     say(f"{args.output}: {len(files)} × {work.columns}, {stage} of {trained.config.model.name}")
 

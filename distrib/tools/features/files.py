@@ -42,7 +42,8 @@ class Files:
             elif mark is not None and self._arrow is None and _sha_of(names) == mark:
                 with contextlib.suppress(OSError):
                     names.unlink()
-        self._outputs = [Output(self.path)] if self._arrow else [Output(names), Output(self.path)]
+        vectors = Output(self.path)  # the first to be complained of, as its name was given
+        self._outputs = [vectors] if self._arrow else [Output(names), vectors]
 
     def check(self, files: Sequence[str]) -> None:
         """Looks at the files' names.
