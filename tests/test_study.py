@@ -159,6 +159,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     (folder / "one.yaml").write_text("log: {layers: true}\n")
     (folder / "two.yaml").write_text("log: {layers: false}\n")
     assert "log.layers=true in every variant: two is without" in refused("mine", "--data", "nowhere")
+    assert "no data at" in refused("degradation", "--data", "nowhere")
     assert list(tmp_path.iterdir()) == [folder]
 
 

@@ -110,7 +110,7 @@ def test_a_figure_that_cannot_be_drawn_costs_nothing_else(
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "_study.yaml").write_text("title: Mine\nfigure: curves\n")
-    (folder / "one.yaml").write_text("model: {name: resnet20}\n")
+    (folder / "one.yaml").write_text("model: {name: resnet20}\ndata: {loader: synthetic}\n")
     (tmp_path / "train.py").write_text(RECORDS)
     monkeypatch.setattr(jobs, "train_all", functools.partial(jobs.train_all, train=tmp_path / "train.py"))
     stop = StopSignals.__new__(StopSignals)  # without its handlers

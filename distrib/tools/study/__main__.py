@@ -12,6 +12,7 @@ from distrib import program
 from distrib.cli import load_config
 from distrib.config import UserError
 from distrib.faults import FINISHED, STOPPED, StopSignals
+from distrib.layout import look
 from distrib.options import Parser, positive, settings_among
 from distrib.program import say
 from distrib.tools.study import figure, jobs, plan, report
@@ -95,6 +96,9 @@ def run(args: argparse.Namespace, behind: Sequence[str], stop: StopSignals) -> i
     asked = {variant.name: variant.config(0) for variant in study.variants}
     figure.check_settings(study, asked)
     report.check_output(output, study)
+    if not all(job.finished for job in planned):
+        for config in asked.values():  # before a run's folder is made
+            look(config.data, config.model.num_classes)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
