@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import re
-import signal
 import subprocess
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -86,22 +82,6 @@ def test_a_second_interrupt_leaves_no_run_behind(tmp_path: Path, started: list[s
     with pytest.raises(KeyboardInterrupt):
         jobs.train_all(planned(tmp_path / "runs")[:1], 1, lambda: interrupt_when(ready), train)
     assert [process.returncode for process in started] == [75]
-
-
-def test_a_third_interrupt_kills(tmp_path: Path, started: list[subprocess.Popen[bytes]]) -> None:
-    train, ready = sleeper(tmp_path, "signal.SIG_IGN")
-    third = threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT))
-
-    def stop() -> bool:
-        if ready.exists():
-            third.start()
-        return interrupt_when(ready)
-
-    began = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        jobs.train_all(planned(tmp_path / "runs")[:1], 1, stop, train)
-    assert [process.wait() for process in started] == [-signal.SIGKILL]
-    assert time.monotonic() - began < 60
 
 
 def test_a_figure_that_cannot_be_drawn_costs_nothing_else(
