@@ -418,7 +418,9 @@ def test_many_deleted_files_end_the_run(own: DataConfig, monkeypatch: pytest.Mon
     opened = Opened(kind, own, workers=1)
     for file in files(Path(own.root))[:12]:
         file.unlink()
-    with pytest.raises(DataUnavailable, match=r"11 of 64 images in .*own/train cannot be read .*continues from"):
+    with pytest.raises(
+        DataUnavailable, match=r"11 of 64 images in .*own/train cannot be read .*the same command continues"
+    ):
         opened.train(0, 4)
 
 

@@ -184,7 +184,7 @@ def test_fresh_moves_the_old_run_aside(first: Path, shelf: Path) -> None:
 def test_a_run_of_no_numbers_is_nobodys_best(shelf: Path) -> None:
     words = [kinds(FIRST), "run.name=nan", "optim.lr=1e8", "log.every_steps=1"]
     printed = train(shelf, *words, "train.steps=12", code=1)
-    assert "the loss is nan" in printed
+    assert "nothing is learnt any more" in printed  # nan or inf, as the processor has it
     saved = torch.load(shelf / "runs" / "nan" / "checkpoints" / "last.pt", weights_only=True)
     assert saved["progress"]["best_step"] is None or saved["progress"]["best_step"] < saved["progress"]["step"]
     again = train(shelf, *words, "train.steps=14", code=1)
