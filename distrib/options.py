@@ -26,7 +26,16 @@ SETTING = re.compile(r"\w+(\.\w+)*=.*", re.DOTALL)
 SHORT = {"--data": ("data.root", "DIR"), "--init-from": ("model.weights", "FILE")}
 
 
-class Parser(argparse.ArgumentParser):
+class PlainParser(argparse.ArgumentParser):
+    """argparse, but a mistake is a UserError."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError."""
+        message = message.replace(", key=value", "")  # which argparse counts among what is required
+        raise UserError(f"{message} ({self.prog} --help shows the options)")
+
+
+class Parser(PlainParser):
     """argparse, but a mistake is a UserError, and ``--optim.lr=0.5`` and ``--optim.lr 0.5`` mean ``optim.lr=0.5``.
 
     Sweeps write that form; the options of other trainers (``--lr 0.5``) are answered with ours.
@@ -39,11 +48,6 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(
             "-h", "--help", nargs="?", const="", metavar="PART", help="show this, or one part of the settings: optim"
         )
-
-    def error(self, message: str) -> NoReturn:
-        """Raises UserError."""
-        message = message.replace(", key=value", "")  # which argparse counts among what is required
-        raise UserError(f"{message} ({self.prog} --help shows the options)")
 
     def parse_words(self, argv: Sequence[str]) -> argparse.Namespace:
         """Options and ``key=value`` words in any order; ``--help`` is answered here, and ends the program."""
@@ -107,6 +111,19 @@ def positive(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
     return int(text)
+
+
+def weights_parser(command: str, description: str, examples: str) -> Parser:
+    """The parser of a tool that uses weights: with ``--model``, and the settings of data in its help."""
+    parser = Parser(
+        parts=["data"],
+        prog=f"distrib {command}",
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", metavar="NAME", help="network; default: what the weights fit")
+    return parser
 
 
 def settings_among(words: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -34,20 +34,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         SystemExit: ``--help`` was asked for.
     """
     from distrib.config import UserError
-    from distrib.options import Parser, settings_among
+    from distrib.options import settings_among, weights_parser
 
-    parser = Parser(
-        parts=["data"],
-        prog="distrib predict",
-        description="The classes that weights see in pictures, the likeliest first, in percent.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = weights_parser(
+        "predict",
+        "The classes that weights see in pictures, the likeliest first, in percent.",
+        EXAMPLES,
     )
     parser.add_argument(
         "words", nargs="+", metavar="IMAGE|DIR|-", help="pictures; - reads paths from stdin, one a line"
     )
     parser.add_argument("--weights", required=True, help="a run's folder, a file of weights, or torchvision's name")
-    parser.add_argument("--model", metavar="NAME", help="network; default: what the weights fit")
     parser.add_argument("--top", type=int, default=5, metavar="K", help="classes a picture; default: %(default)s")
     parser.add_argument("--json", action="store_true", help="an object a line for each picture")
     parser.add_argument("--exact", action="store_true", help="in fp32 with batch norms, as trained; slower")

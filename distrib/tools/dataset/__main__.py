@@ -6,19 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from distrib.config import UserError
 from distrib.faults import StopSignals
+from distrib.options import PlainParser
 from distrib.program import run
 from distrib.tools.dataset import cifar10
 
 DATASETS = {"cifar10": cifar10}
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} ({self.prog} --help shows the options)")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -27,7 +21,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     Raises:
         UserError: they are wrong.
     """
-    parser = _Parser(
+    parser = PlainParser(
         prog="distrib dataset",
         description="Folders of pictures, train/CLASS and val/CLASS, of a data set's own archives.",
         allow_abbrev=False,

@@ -30,14 +30,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         UserError: they are wrong.
         SystemExit: ``--help`` was asked for.
     """
-    from distrib.options import Parser, positive
+    from distrib.options import positive, weights_parser
 
-    parser = Parser(
-        parts=["data"],
-        prog="distrib evaluate",
-        description="Top-1 and top-5 accuracy, in percent, and the loss of weights on folders of pictures.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = weights_parser(
+        "evaluate",
+        "Top-1 and top-5 accuracy, in percent, and the loss of weights on folders of pictures.",
+        EXAMPLES,
     )
     parser.add_argument("weights", help="a run's folder, a file of weights, or torchvision's name for them")
     parser.add_argument(
@@ -45,7 +43,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--data", metavar="DIR", help="the same as data.root=DIR; default: the run's")
     parser.add_argument("--split", choices=("train", "val"), default="val", help="default: %(default)s")
-    parser.add_argument("--model", metavar="NAME", help="network; default: what the weights fit")
     parser.add_argument(
         "--classes",
         choices=("all", "subset"),

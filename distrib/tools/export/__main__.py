@@ -36,21 +36,18 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         UserError: they are wrong.
         SystemExit: ``--help`` was asked for.
     """
-    from distrib.options import Parser
+    from distrib.options import weights_parser
 
-    parser = Parser(
-        parts=["data"],
-        prog="distrib export",
-        description="Writes a network in another form. The file is loaded again and its logits are compared with the "
+    parser = weights_parser(
+        "export",
+        "Writes a network in another form. The file is loaded again and its logits are compared with the "
         "network's, in fp32, before it gets its name.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        EXAMPLES,
     )
     parser.add_argument("weights", help="a run's folder, a file of weights, or torchvision's name for them")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of data that go into the file")
     parser.add_argument("--to", required=True, choices=FORMS, metavar="FORM", help=", ".join(FORMS))
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="must not be there yet")
-    parser.add_argument("--model", metavar="NAME", help="network; default: what the weights fit")
     parser.add_argument("--json", action="store_true", help="print an object, not sentences")
     return parser.parse_words(argv)
 

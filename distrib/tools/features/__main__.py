@@ -34,19 +34,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         SystemExit: ``--help`` was asked for.
     """
     from distrib.config import UserError
-    from distrib.options import Parser, settings_among
+    from distrib.options import settings_among, weights_parser
 
-    parser = Parser(
-        parts=["data"],
-        prog="distrib features",
-        description="A vector of fp32 numbers for each picture: the mean over the pixels of what a stage gives.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = weights_parser(
+        "features",
+        "A vector of fp32 numbers for each picture: the mean over the pixels of what a stage gives.",
+        EXAMPLES,
     )
     parser.add_argument("words", nargs="+", metavar="IMAGE|DIR", help="pictures; and settings as key=value")
     parser.add_argument("--weights", required=True, help="a run's folder, a file of weights, or torchvision's name")
     parser.add_argument("--output", required=True, metavar="FILE", help="a .npy (with a .txt beside it) or .parquet")
-    parser.add_argument("--model", metavar="NAME", help="network; default: what the weights fit")
     parser.add_argument("--stage", metavar="NAME", help="conv1, layer1 …, fc; default: what the last layer sees")
     parser.add_argument("--exact", action="store_true", help="in fp32 with batch norms, as trained; slower")
     parser.add_argument("--batch", type=int, metavar="N", help="pictures at once; default: as the device likes it")

@@ -11,12 +11,12 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from distrib.config import UserError
 from distrib.faults import FINISHED, StopSignals
 from distrib.layout.folders import shown
-from distrib.options import positive
+from distrib.options import PlainParser, positive
 from distrib.program import run, say
 from distrib.tools.models.cost import IMAGES, REPORTS, Speed, read_speeds
 from distrib.tools.models.table import table
@@ -31,11 +31,6 @@ WIDEST = 120  # columns of running text
 LARGEST = 65_536  # pixels a side; above, torch cannot number what a network puts out
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} ({self.prog} --help shows the options)")
-
-
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments.
 
@@ -43,7 +38,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         UserError: they are wrong.
         SystemExit: ``--help`` was asked for.
     """
-    parser = _Parser(
+    parser = PlainParser(
         prog="distrib models",
         description="What the networks are made of, beside torchvision's, counted in the same way.",
         epilog=EXAMPLES,
