@@ -71,7 +71,7 @@ LAUNCH = (
 )
 # Runs a stand-in for torchrun itself: how launch treats its one child does not depend on torch.
 RUN = (
-    "import os, sys; from launch.__main__ import run; from launch.command import Command; "
+    "import os, sys; from launch.child import run; from launch.command import Command; "
     "outcome = run(Command((sys.executable, '-c', sys.argv[1]), {}), 1, os.environ); print(outcome.message); "
     "sys.exit(outcome.code)"
 )
@@ -361,7 +361,7 @@ def test_a_missing_train_py_is_said(tmp_path: Path, capfd: pytest.CaptureFixture
 @pytest.mark.parametrize("procs", ["0", "-1", "two", "1.5", ""])
 def test_procs_is_a_positive_number(procs: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["local", f"--procs={procs}"]) == USER_ERROR
-    assert "not a positive whole number" in capfd.readouterr().err
+    assert "not a whole number of 1 or more" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("words", [[], ["locale"], ["--procs", "2"]])
