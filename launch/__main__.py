@@ -15,6 +15,10 @@ from launch.command import TRAIN, USER_ERROR
 # Each is a module of this package with ``main(argv, train)``, which returns the exit code.
 COMMANDS = {
     "local": "train on this machine, one process a GPU",
+    "list": "the runs below a folder, and how they are",
+    "status": "all that is known of one run",
+    "logs": "what a rank of a job prints; -f follows it",
+    "stop": "ask a run to save and to end",
 }
 
 
