@@ -91,7 +91,7 @@ def follow(record: Record, rank: int = 0, lines: int = LINES, notify: Callable[[
     """
     tell = notify or (lambda line: print(f"[{line}]", file=sys.stderr, flush=True))
     silence: list[str] = []  # Slurm's failures, each told once
-    reader, told, over = _Reader(record, rank, lines), "", 0
+    reader, told, over = _Reader(record, rank, lines), "", False
     asked, state = -float("inf"), State("starting")
     try:
         while True:
@@ -102,11 +102,8 @@ def follow(record: Record, rank: int = 0, lines: int = LINES, notify: Callable[[
                 if (words := _words(state)) != told:
                     told = words
                     tell(words)
-                over = over + 1 if state.over else 0
-                if over and not came:  # nobody writes to it any more
-                    reader.show()
-                    return state
-            elif over and not came:
+                over = view.settled
+            elif over and not came:  # looked at since: nobody writes to it any more
                 return state
             time.sleep(LOOK_SECONDS)
     except (KeyboardInterrupt, BrokenPipeError):

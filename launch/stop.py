@@ -134,7 +134,7 @@ def _wait(folder: Path) -> int:
 
     while True:
         (view,) = survey([folder], tell)
-        if view.state.over:
+        if view.settled:
             break
         time.sleep(WAIT_SECONDS)
     saved = checkpoints(folder)

@@ -24,6 +24,12 @@ class View:
     restarts: int  # of jobs by Slurm, and of workers within a job
 
     @property
+    def settled(self) -> bool:
+        """Whether it is over for certain: a Slurm that does not answer may have queued a lost run again."""
+        silent = self.slurm.queue is None and self.state.job != ""
+        return self.state.over and not (silent and self.state.name in ("failed", "lost"))
+
+    @property
     def images_per_second(self) -> float | None:
         """Of the last interval while it runs, else of the last start."""
         running = self.state.name in ("running", "stopping")

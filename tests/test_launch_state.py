@@ -10,10 +10,11 @@ import pytest
 
 from distrib.lease import Holder, Sight
 from launch.jobs import parse_sacct, parse_squeue
-from launch.runs import Clock, find, read, resolve, tail, total_steps
+from launch.record import Record
+from launch.runs import Clock, Run, find, read, resolve, tail, total_steps
 from launch.starts import starts
 from launch.state import OVER, Job, Seen, Slurm, State, judge
-from launch.survey import duration, size
+from launch.survey import View, duration, size
 
 HOLDER = Holder("0123456789abcdef", "n1", 4242, "2026-11-25T10:00:00+0000", "boot 1", "17")
 ALIVE = Sight(HOLDER, here=False, alive=True, silent=2.0)
@@ -165,6 +166,21 @@ def test_a_run_with_a_job(seen: Seen, slurm: Slurm, expected: str, part: str) ->
     assert part in state.reason
     assert state.job in ("7", "8")
     assert "\n" not in state.reason
+
+
+@pytest.mark.parametrize(
+    ("seen", "slurm", "expected"),
+    [
+        (Seen([S, B], step=5, writer=SILENT), NONE, False),  # lost, or waiting to go on
+        (Seen([S, B], step=5, writer=SILENT), GONE, True),
+        (Seen([S, B, ended(0)]), NONE, True),
+        (Seen(step=5, writer=SILENT), NONE, True),
+        (Seen(step=5, writer=ALIVE), NONE, False),
+    ],
+)
+def test_a_silent_slurm_settles_no_loss(seen: Seen, slurm: Slurm, expected: bool, tmp_path: Path) -> None:
+    view = View(Run("a", Record(tmp_path), seen, {}, {}, None, None), judge(seen, slurm), slurm, 0)
+    assert view.settled is expected
 
 
 def test_says_where_and_when() -> None:
