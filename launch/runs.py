@@ -29,8 +29,12 @@ DEPTH = 4  # how far below a folder runs are looked for
 SIGNS = ("metrics.jsonl", "checkpoints", "summary.json", WRITER, f"{FOLDER}/events.jsonl")
 CHECKPOINT = re.compile(r"step_(\d{8,})\.pt")
 
-# How much of metrics.jsonl is looked at from its end, in turn, until it holds a training record and an evaluation.
-TAILS = (1 << 15, 1 << 18, 1 << 21, 1 << 24)
+# metrics.jsonl is read in blocks from its end, until an evaluation is found.
+BLOCK, MOST = 1 << 18, 1 << 24  # bytes
+EVALUATION = b'{"kind": "eval"'
+LAST_LINES = 8  # a training record is among so many: each evaluation follows one
+# The parser in C, where PyYAML was built with it: ten times as fast.
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True)
@@ -169,28 +173,29 @@ def read(folder: Path, clock: Clock) -> Run:
 
 
 def tail(path: Path) -> tuple[list[dict[str, Any]], float | None]:
-    """Whole lines at the end of ``metrics.jsonl`` with the last record of each kind, and when the file changed.
+    """The last evaluation and the last few lines of ``metrics.jsonl``, in their order, and when the file changed.
 
     Lines of another form, such as one that is being written, are passed over. ([], None) where there is no file.
     """
+    pieces: list[bytes] = []
     try:
         with path.open("rb") as file:
             about = os.fstat(file.fileno())
-            size, data = about.st_size, b""
-            for length in TAILS:
-                file.seek(max(0, size - length))
-                data = file.read(length)
-                if length >= size or (b'"kind": "eval"' in data and b'"kind": "train"' in data):
+            at, head = about.st_size, b""
+            while at > 0 and about.st_size - at < MOST:
+                length = min(at, BLOCK)
+                at = file.seek(at - length)
+                block = file.read(length) + head
+                if not pieces:
+                    pieces = (b"\n" * (at == 0) + block).rsplit(b"\n", LAST_LINES + 1)[1:]
+                if (found := block.rfind(EVALUATION)) >= 0:
+                    pieces.insert(0, block[found:].partition(b"\n")[0])
                     break
+                head = block.partition(b"\n")[0]  # the end of a line that the block before begins
     except FileNotFoundError:
         return [], None
-    if len(data) < size:  # it begins within a line
-        data = data.partition(b"\n")[2]
     lines = []
-    # Of thousands of lines only the last of each kind are of use; a stop or an evaluation ends an interval early.
-    pieces = data.splitlines()
-    last = max((k for k, piece in enumerate(pieces) if b'"kind": "eval"' in piece), default=len(pieces))
-    for piece in [*pieces[last : last + 1], *pieces[-20:]]:
+    for piece in pieces:
         with contextlib.suppress(ValueError):
             line = json.loads(piece)
             if isinstance(line, dict):
@@ -221,7 +226,7 @@ def train_settings(folder: Path) -> dict[str, Any]:
         return {}
     part = re.search(r"^train:\n((?:[ #].*\n|\n)*)", text, re.MULTILINE)
     try:
-        values = yaml.safe_load(part[0])["train"] if part else {}
+        values = yaml.load(part[0], LOADER)["train"] if part else {}
     except (yaml.YAMLError, KeyError, TypeError):
         return {}
     return values if isinstance(values, dict) else {}
