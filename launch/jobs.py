@@ -1,7 +1,6 @@
 """Asks Slurm about jobs: one call of squeue and one of sacct for any number of them.
 
-squeue knows what waits or runs now. sacct knows the rest, where the cluster keeps accounts; it is asked only about jobs
-that squeue does not have.
+squeue knows what waits or runs now. sacct knows how jobs and each of their starts ended, where the cluster keeps accounts.
 """
 
 from __future__ import annotations
@@ -26,10 +25,19 @@ NO_TIME = ("Unknown", "N/A", "None", "NONE", "n/a")
 NUMBER = re.compile(r"[1-9]\d*(_\d+)?")
 
 
-def ask(jobs: Sequence[str], past: Sequence[str] = (), notify: Callable[[str], None] | None = None) -> Slurm:
-    """What Slurm says of ``jobs``; of those in ``past``, what its accounting says too if the queue has them not.
+def ask(
+    jobs: Sequence[str],
+    past: Sequence[str] = (),
+    notify: Callable[[str], None] | None = None,
+    every_start: bool = False,
+) -> Slurm:
+    """What Slurm says of ``jobs``.
 
-    ``notify`` hears, in one line, why Slurm gave no answer: there is none here, or the command failed.
+    Args:
+        jobs: their numbers, which the queue is asked for.
+        past: those for which the accounts are asked too, if the queue has them not.
+        notify: hears, in one line, why Slurm gave no answer: there is none here, or a command failed. Default: stderr.
+        every_start: the accounts are asked also for those that are in the queue, for their earlier starts.
     """
     jobs = list(dict.fromkeys(job for job in jobs if NUMBER.fullmatch(job)))
     if not jobs:
@@ -42,7 +50,7 @@ def ask(jobs: Sequence[str], past: Sequence[str] = (), notify: Callable[[str], N
     if text is None and "Invalid job id" in wrong:  # said where none of the jobs is in the queue any more
         text = ""
     queue = None if text is None else {job.job: job for job in parse_squeue(text)}
-    gone = [job for job in dict.fromkeys(past) if NUMBER.fullmatch(job) and (queue is None or job not in queue)]
+    gone = [job for job in dict.fromkeys(past) if NUMBER.fullmatch(job) and (every_start or job not in (queue or {}))]
     told, why = _run([*SACCT, "-j", ",".join(gone)]) if gone else ("", "")
     starts = None if told is None else parse_sacct(told, gone)
     if queue is None:

@@ -91,7 +91,7 @@ def follow(record: Record, rank: int = 0, lines: int = LINES, notify: Callable[[
     """
     tell = notify or (lambda line: print(f"[{line}]", file=sys.stderr, flush=True))
     silence: list[str] = []  # Slurm's failures, each told once
-    reader, told, over = _Reader(record, rank, lines), "", False
+    reader, told, over = _Reader(record, rank, lines), ("", "", ""), False
     asked, state = -float("inf"), State("starting")
     try:
         while True:
@@ -99,9 +99,11 @@ def follow(record: Record, rank: int = 0, lines: int = LINES, notify: Callable[[
             if time.monotonic() - asked >= (ASK_SECONDS if record.jobs() else FOLDER_SECONDS):
                 (view,) = survey([record.run], lambda line: _once(line, silence, tell))
                 asked, state = time.monotonic(), view.state
-                if (words := _words(state)) != told:
-                    told = words
-                    tell(words)
+                # Why a run starts or runs may say seconds, which are no news.
+                key = (state.name, state.job, state.reason if state.over or state.name.endswith("queued") else "")
+                if key != told:
+                    told = key
+                    tell(_words(state))
                 over = view.settled
             elif over and not came:  # looked at since: nobody writes to it any more
                 return state

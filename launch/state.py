@@ -152,8 +152,6 @@ def _active_state(seen: Seen, job: Job) -> State:
     if job.state in WAITING:
         began = seen.last("began", job.job) is not None
         reason = job.reason if job.reason not in ("", "None") else job.state if job.state != "PENDING" else ""
-        if writer is not None and writer.alive:
-            reason = _join(reason, f"{writer.holder} still writes")
         return State("requeued" if began else "queued", reason, job.job, job.nodes, job.start)
     if job.state in ("SUSPENDED", "STOPPED"):
         return State("suspended", job.reason if job.reason != "None" else "", job.job, job.nodes)

@@ -69,7 +69,8 @@ def _ask(view: View) -> str:
     _ask_record(view)
     if state.name in ("queued", "requeued"):
         _scancel(state.job)
-        return f"job {state.job} of {run.name} is taken out of the queue; what it has trained so far is saved"
+        saved = "; what it has trained is saved" if run.step else ", before it began"
+        return f"job {state.job} of {run.name} was taken out of the queue{saved}"
     # Without --batch and --full it reaches the tasks of all steps, and not the script, which must outlive them.
     _scancel("--signal=USR2", state.job)
     return f"job {state.job} of {run.name} was asked to save and stop"
@@ -137,7 +138,7 @@ def _wait(folder: Path) -> int:
         if view.settled:
             break
         time.sleep(WAIT_SECONDS)
-    saved = checkpoints(folder)
+    saved = checkpoints(view.run.path)
     where = f"; newest checkpoint: {saved[-1][1]}" if saved else "; there is no checkpoint"
     print(f"{view.run.name} is {view.state.name} at step {view.run.step}{where}")
     return FINISHED if view.state.name in ("stopped", "finished") else FAILED

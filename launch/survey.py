@@ -31,10 +31,11 @@ class View:
 
     @property
     def images_per_second(self) -> float | None:
-        """Of the last interval while it runs, else of the last start."""
+        """Of the last interval while it runs; of its last start where it is over; None while it waits."""
+        if self.state.over:
+            return _number((self.run.seen.summary or self.run.train).get("images_per_second"))
         running = self.state.name in ("running", "stopping")
-        source = self.run.train if running else (self.run.seen.summary or self.run.train)
-        return _number(source.get("images_per_second"))
+        return _number(self.run.train.get("images_per_second")) if running else None
 
     @property
     def eta(self) -> float | None:
@@ -68,7 +69,7 @@ def survey(folders: Sequence[Path], notify: Callable[[str], None] | None = None,
 
     Args:
         notify: hears that Slurm does not answer; default: a note on stderr.
-        all_ends: asks Slurm also how jobs ended of which the folder says it.
+        all_ends: asks Slurm also for every earlier start, and for jobs whose end the folder tells.
 
     Raises:
         UserError: a folder cannot be read.
@@ -86,7 +87,7 @@ def survey(folders: Sequence[Path], notify: Callable[[str], None] | None = None,
         jobs += submitted
         past.append(submitted[-1])
         past += submitted[:-1] if all_ends else []
-    slurm = ask(jobs, past, notify)
+    slurm = ask(jobs, past, notify, every_start=all_ends)
     return [View(run, judge(run.seen, slurm), slurm, _restarts(run)) for run in runs]
 
 

@@ -94,7 +94,7 @@ S, B = submitted(), began()
         (Seen([S]), queue(WAITS), "queued", "Priority"),
         (Seen([S], stop=True), queue(WAITS), "queued", "Priority"),
         (Seen([S, B], step=5, writer=SILENT), queue(WAITS), "requeued", "Priority"),
-        (Seen([S, B], step=5, writer=ALIVE), queue(WAITS), "requeued", "Priority; process 4242 on n1, since"),
+        (Seen([S, B], step=5, writer=ALIVE), queue(WAITS), "requeued", "Priority"),
         (Seen([S, B, ended(75, "requeued")]), queue(Job("7", "PENDING", "BeginTime")), "requeued", "BeginTime"),
         (Seen([S, B]), queue(Job("7", "REQUEUE_HOLD", "JobHoldMaxRequeue")), "requeued", "JobHoldMaxRequeue"),
         (Seen([S, B]), queue(Job("7", "SPECIAL_EXIT", "None")), "requeued", "SPECIAL_EXIT"),

@@ -378,7 +378,7 @@ def test_waits_until_a_job_has_stopped(
     assert main(["stop", "a", "--wait"]) == 0
     ending.join()
     lines = capfd.readouterr().out.splitlines()
-    assert lines[1] == "a is stopped at step 40; newest checkpoint: runs/a/checkpoints/step_00000041.pt"
+    assert lines[1] == f"a is stopped at step 40; newest checkpoint: {record.run}/checkpoints/step_00000041.pt"
 
 
 @pytest.mark.parametrize("command", ["status", "logs", "stop"])
