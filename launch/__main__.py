@@ -10,7 +10,7 @@ from pathlib import Path
 
 from distrib.config import UserError
 from distrib.surroundings import settle
-from launch.command import TRAIN, USER_ERROR
+from launch.command import FAILED, TRAIN, USER_ERROR
 
 # Each is a module of this package with ``main(argv, train)``, which returns the exit code.
 COMMANDS = {
@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None, train: Path = TRAIN) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
+    except KeyboardInterrupt:  # while one looks: what starts something has taken the signal over
+        return FAILED
 
 
 if __name__ == "__main__":

@@ -61,10 +61,10 @@ def main(argv: Sequence[str], train: Path) -> int:
 
 
 def log_files(record: Record, rank: int) -> list[Path]:
-    """The rank's log; where it has none, or an empty one, what the newest submission's job printed; [] for neither."""
+    """The rank's log; as long as rank 0 has said nothing, what the newest job itself printed; [] for neither."""
     log = record.log_of(rank)
-    if _bytes(log):
-        return [log]
+    if _bytes(log) or _bytes(record.log_of(0)):
+        return [log] if log.exists() else []
     names = [str(e["submission"]) for e in record.read() if e["event"] == "submitted" and e.get("submission")]
     for name in reversed(names):
         # The name may be a path; what it ends in is the folder here.
@@ -96,7 +96,7 @@ def follow(record: Record, rank: int = 0, lines: int = LINES, notify: Callable[[
     try:
         while True:
             came = reader.show()
-            if time.monotonic() - asked >= (ASK_SECONDS if record.jobs() else FOLDER_SECONDS):
+            if time.monotonic() - asked >= (ASK_SECONDS if state.job else FOLDER_SECONDS):
                 (view,) = survey([record.run], lambda line: _once(line, silence, tell))
                 asked, state = time.monotonic(), view.state
                 # Why a run starts or runs may say seconds, which are no news.
@@ -121,12 +121,12 @@ def last_lines(path: Path, lines: int) -> tuple[bytes, int]:
     with path.open("rb") as file:
         end = at = file.seek(0, os.SEEK_END)
         data = b""
-        # One more line end than lines: the first block may begin within a line.
         while at > 0 and data[:-1].count(b"\n") < lines:
             length = min(at, 1 << 16)
             at = file.seek(at - length)
             data = file.read(length) + data
-    return b"".join(data.splitlines(keepends=True)[-lines:]), end
+    # A progress bar's \r ends no line.
+    return b"\n".join(data[:-1].rsplit(b"\n", lines)[-lines:]) + data[-1:], end
 
 
 class _Reader:

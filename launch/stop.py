@@ -37,7 +37,7 @@ def main(argv: Sequence[str], train: Path) -> int:
     folder = resolve(args.run)
     (view,) = survey([folder])
     name, state = view.run.name, view.state
-    if state.over:
+    if view.settled:
         print(f"{name} is {state.name} already, at step {view.run.step}: nothing is to be stopped")
         return FINISHED
     print(_ask(view), flush=True)

@@ -475,6 +475,30 @@ def test_shows_the_last_lines(slurm: Fake, capfd: pytest.CaptureFixture[str]) ->
     assert "rank 3 " in capfd.readouterr().out
     assert main(["logs", "a"]) == 0
     assert capfd.readouterr().out.count("\n") == logs.LINES
+    record.log_of(4).touch()  # it has said nothing: that is no reason to show what the job printed
+    (record.path / "s7").mkdir()
+    (record.path / "s7" / "7_0_log.out").write_text("other\n")
+    assert main(["logs", "a", "--rank", "4"]) == 0
+    assert capfd.readouterr() == ("", "")
+    assert main(["logs", "a", "--rank", "5"]) == 2
+    assert capfd.readouterr().err.startswith("error: runs/a has no log of rank 5 yet: it is lost: job 7 never began")
+
+
+@pytest.mark.parametrize(
+    ("data", "lines", "expected"),
+    [
+        (b"", 3, b""),
+        (b"a", 3, b"a"),
+        (b"a\nb\n", 1, b"b\n"),
+        (b"a\nb", 1, b"b"),
+        (b"a\n\n", 1, b"\n"),
+        (b"a\rb\rc\nd\n", 2, b"a\rb\rc\nd\n"),
+        (b"x" * 70_000 + b"\n" + b"y" * 70_000 + b"\nz\n", 2, b"y" * 70_000 + b"\nz\n"),
+    ],
+)
+def test_last_lines(data: bytes, lines: int, expected: bytes, tmp_path: Path) -> None:
+    (tmp_path / "log").write_bytes(data)
+    assert logs.last_lines(tmp_path / "log", lines) == (expected, len(data))
 
 
 def test_what_a_job_printed_before_python_began(slurm: Fake, capfd: pytest.CaptureFixture[str]) -> None:
