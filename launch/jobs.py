@@ -1,6 +1,6 @@
 """Asks Slurm about jobs: one call of squeue and one of sacct for any number of them.
 
-squeue knows what waits or runs now. sacct knows how jobs and each of their starts ended, where the cluster keeps accounts.
+squeue knows what waits or runs now. sacct knows each start of a job and how it ended, where the cluster keeps accounts.
 """
 
 from __future__ import annotations
