@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 
 from launch.state import Job, Slurm
@@ -25,26 +24,20 @@ NO_TIME = ("Unknown", "N/A", "None", "NONE", "n/a")
 NUMBER = re.compile(r"[1-9]\d*(_\d+)?")
 
 
-def ask(
-    jobs: Sequence[str],
-    past: Sequence[str] = (),
-    notify: Callable[[str], None] | None = None,
-    every_start: bool = False,
-) -> Slurm:
+def ask(jobs: Sequence[str], past: Sequence[str], notify: Callable[[str], None], every_start: bool = False) -> Slurm:
     """What Slurm says of ``jobs``.
 
     Args:
         jobs: their numbers, which the queue is asked for.
         past: those for which the accounts are asked too, if the queue has them not.
-        notify: hears, in one line, why Slurm gave no answer: there is none here, or a command failed. Default: stderr.
+        notify: hears, in one line, why Slurm gave no answer: there is none here, or a command failed.
         every_start: the accounts are asked also for those that are in the queue, for their earlier starts.
     """
     jobs = list(dict.fromkeys(job for job in jobs if NUMBER.fullmatch(job)))
     if not jobs:
         return Slurm({}, {})
-    tell = notify or (lambda line: print(f"note: {line}", file=sys.stderr))
     if shutil.which(SQUEUE[0]) is None and shutil.which(SACCT[0]) is None:
-        tell("there is no Slurm on this machine: the folders alone say how their jobs are")
+        notify("there is no Slurm on this machine: the folders alone say how their jobs are")
         return Slurm()
     text, wrong = _run([*SQUEUE, "-j", ",".join(jobs)])
     if text is None and "Invalid job id" in wrong:  # said where none of the jobs is in the queue any more
@@ -54,10 +47,10 @@ def ask(
     told, why = _run([*SACCT, "-j", ",".join(gone)]) if gone else ("", "")
     starts = None if told is None else parse_sacct(told, gone)
     if queue is None:
-        tell(f"{wrong}: {'the folders alone say' if starts is None else 'sacct and the folders say'} how jobs are")
+        notify(f"{wrong}: {'the folders alone say' if starts is None else 'sacct and the folders say'} how jobs are")
     # Many clusters keep no accounts: that is no news where the queue is known.
     elif starts is None and "accounting storage is disabled" not in why and "not found" not in why:
-        tell(f"{why}: how jobs ended, the folders alone say")
+        notify(f"{why}: how jobs ended, the folders alone say")
     return Slurm(queue, starts)
 
 

@@ -47,7 +47,7 @@ def main(argv: Sequence[str], train: Path) -> int:
         if not folder.is_dir():
             hint = "" if args.folders else "; name the folder in which your runs lie"
             raise UserError(f"there is no folder {folder}{hint}")
-    views = survey([run for folder in folders for run in find(folder)])
+    views = survey([run for folder in folders for run in find(folder)], skip=True)
     if args.json:
         print(json.dumps([view.as_json() for view in views], indent=2))
     elif views:
@@ -88,7 +88,7 @@ def row(view: View) -> list[str]:
     """A run's cells, in the order of ``COLUMNS``."""
     run, state, best = view.run, view.state, view.run.best
     speed = view.images_per_second
-    reason = state.reason + (f"; starts about {moment(state.start)}" if state.start and state.name != "running" else "")
+    reason = state.reason + (f"; starts about {moment(state.start)}" if state.start else "")
     return [
         run.name,
         state.name,

@@ -44,7 +44,6 @@ def main(argv: Sequence[str], train: Path) -> int:
     args = parser.parse_args(argv)
     folder = resolve(args.run)
     record = Record(folder)
-    # Where the run's name was typed that is shown, and not the whole path.
     if not record.jobs() and not log_files(record, args.rank):
         raise UserError(f"{folder} has no log: a run that no job trains prints to its terminal alone")
     if args.follow:

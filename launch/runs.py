@@ -10,7 +10,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,13 +154,14 @@ def read(folder: Path, clock: Clock) -> Run:
         now = clock.now(folder)
         lines, changed = tail(folder / "metrics.jsonl")
         writer = look(folder, now)
+        stop = record.stop.exists()
     except OSError as error:
         raise UserError(f"cannot read {folder}: {error.strerror}") from None
     train: dict[str, Any] = next((line for line in reversed(lines) if line.get("kind") == "train"), {})
     evaluation: dict[str, Any] = next((line for line in reversed(lines) if line.get("kind") == "eval"), {})
     step = max((line["step"] for line in lines if isinstance(line.get("step"), int)), default=0)
     summary = _json(folder / "summary.json")
-    seen = Seen(record.read(), record.stop.exists(), summary, step, writer)
+    seen = Seen(record.read(), stop, summary, step, writer)
     return Run(
         shown_name(folder),
         record,
@@ -244,14 +245,13 @@ def checkpoints(folder: Path) -> list[tuple[int, Path, int]]:
     return sorted(found)
 
 
-def restarts_within(record: Record, starts: Sequence[str] | None = None) -> list[tuple[str, str, str]]:
-    """(start, host, "TIME REASON") of each time that workers were started again within a start of a job."""
+def restarts_within(record: Record) -> list[tuple[str, str, str]]:
+    """(JOB.RESTART, host, "TIME REASON") of each time that workers were started again within a start of a job."""
     found = []
     with contextlib.suppress(OSError):
         for file in sorted(record.reports.glob("*/*.restarts")):
-            if starts is None or file.parent.name in starts:
-                lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-                found += [(file.parent.name, file.stem, line.strip()) for line in lines if line.strip()]
+            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+            found += [(file.parent.name, file.stem, line.strip()) for line in lines if line.strip()]
     return found
 
 

@@ -22,7 +22,7 @@ class Start:
     first: int | None  # the step from which it went on, and the one that it reached; None where nobody knows
     last: int | None
     code: int | None
-    how: str  # how it ended, and why; "it runs"
+    how: str  # how it ended, and why, or that it goes on
     then: str  # "requeued", "over", or nothing
     within: tuple[str, ...]  # "HOST: TIME REASON" of each time that its workers were started again
 
@@ -58,7 +58,7 @@ def starts(
         row = rows[restart] if restart < len(rows) else None
         told = _whole(event.get("step"))  # of the newest checkpoint, where the script says it
         last = _whole(end.get("step")) if end else step if newest else None
-        first = told if told is not None else 0 if k == 0 else made[-1].last
+        first = told if told is not None else made[-1].last if made else None
         code = _whole(end.get("code")) if end else None
         nodes = event.get("nodes")
         made.append(

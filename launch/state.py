@@ -9,7 +9,7 @@ Who asks for a state gets the first row that fits. "The job" is the one of the r
     the job is suspended                                        suspended
     the job runs, and its writer lives                          running; stopping where a stop was asked for
                   and Slurm or its script is ending it          stopping
-                  and nobody writes (yet)                       starting
+                  and nobody writes, or no line yet             starting
     no job is there, and somebody writes                        as if the job ran
     the job's script said how it ended, and that it is over     finished, stopped, diverged or failed, by its exit code;
                                                                 cancelled where Slurm says so

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from launch.starts import Start, starts
 from launch.survey import View, duration, moment, size, survey
 from launch.terminal import COLOURS, console
 
-RUN_HELP = "a run's folder, its name below runs, or the number of its job"
+NAMES = (("top-1", "top1"), ("top-5", "top5"), ("EMA top-1", "ema_top1"), ("EMA top-5", "ema_top5"))
 
 
 def main(argv: Sequence[str], train: Path) -> int:
@@ -31,7 +32,7 @@ def main(argv: Sequence[str], train: Path) -> int:
         prog="python -m launch status",
         description="What is known of a run: state, progress, every start and how it ended, checkpoints, logs.",
     )
-    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
+    parser.add_argument("run", metavar="RUN", help="a run's folder, its name below runs, or the number of its job")
     parser.add_argument("--json", action="store_true", help="as a JSON object, with whole paths and seconds")
     args = parser.parse_args(argv)
     (view,) = survey([resolve(args.run)], all_ends=True)
@@ -74,7 +75,7 @@ def show(view: View, where: Console) -> None:
         Text.assemble((view.run.name, "bold"), "  ", (state.name, COLOURS[state.name]), f"  {state.reason}".rstrip())
     )
     for label, text in lines(view):
-        where.print(Text.assemble((f"  {label:<13}", "dim"), text), soft_wrap=True)
+        where.print(Text.assemble((f"  {label:<12} ", "dim"), text), soft_wrap=True)
 
 
 def lines(view: View) -> Iterator[tuple[str, str]]:
@@ -83,9 +84,7 @@ def lines(view: View) -> Iterator[tuple[str, str]]:
     yield "folder", str(run.path)
     if state.job:
         parts = [f"job {state.job}", f"on {state.nodes}" if state.nodes else ""]
-        parts.append(
-            f"starts about {moment(state.start)}" if state.start and state.name in ("queued", "requeued") else ""
-        )
+        parts.append(f"starts about {moment(state.start)}" if state.start else "")
         yield "slurm", ", ".join(part for part in parts if part)
     if writer is not None:
         beat = "" if writer.silent is None else f", last heartbeat {duration(writer.silent)} ago"
@@ -93,12 +92,8 @@ def lines(view: View) -> Iterator[tuple[str, str]]:
     if run.seen.stop:
         yield "stop", "a saved stop was asked for; the job is not queued again"
     yield from _progress(view)
-    begun = starts_of(view)
-    for start in begun:
-        yield (
-            (f"start {start.restart}" if len({s.job for s in begun}) == 1 else f"{start.job}.{start.restart}"),
-            _start(start),
-        )
+    for start in starts_of(view):
+        yield f"start {start.job}.{start.restart}", _start(start)
         for line in start.within:
             yield "", f"workers started again, {line}"
         if not start.then and start.how.startswith("ended without"):
@@ -134,9 +129,6 @@ def _progress(view: View) -> Iterator[tuple[str, str]]:
         yield "best", f"top-1 {run.best[1]:.2f} % at step {run.best[0]}"
 
 
-NAMES = (("top-1", "top1"), ("top-5", "top5"), ("EMA top-1", "ema_top1"), ("EMA top-5", "ema_top5"))
-
-
 def _start(start: Start) -> str:
     steps = f"steps {'?' if start.first is None else start.first} to {'?' if start.last is None else start.last}"
     when = moment(start.began) + (f" to {moment(start.ended)}" if start.ended else "")
@@ -150,7 +142,10 @@ def _said(view: View, start: Start) -> Iterator[str]:
     for file in sorted(folder.glob("*")) if folder.is_dir() else []:
         if file.suffix == ".restarts":
             continue
-        for rank, report in sorted(read_reports(file.read_text(encoding="utf-8", errors="replace")).items()):
+        text = ""
+        with contextlib.suppress(OSError):
+            text = file.read_text(encoding="utf-8", errors="replace")
+        for rank, report in sorted(read_reports(text).items()):
             if report.code:
                 yield f"rank {rank} on {file.name} ended with {report.code}: {report.message}".removesuffix(": ")
 

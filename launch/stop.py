@@ -16,7 +16,7 @@ from launch.command import FAILED, FINISHED
 from launch.runs import checkpoints, resolve
 from launch.survey import View, survey
 
-WAIT_SECONDS = 2.0  # between looks while waiting
+WAIT_SECONDS = 4.0  # between looks while waiting: each asks Slurm
 SCANCEL_SECONDS = 30.0
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import time
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distrib.config import UserError
 from launch.command import FAILED, FINISHED, USER_ERROR
 from launch.jobs import ask
 from launch.runs import Clock, Run, read, restarts_within
@@ -58,24 +59,38 @@ class View:
             "eta_seconds": self.eta,
             "job": state.job or None,
             "nodes": state.nodes or None,
-            "start": state.start or None,
+            "expected_start": state.start or None,
             "restarts": self.restarts,
             "silent_seconds": run.silent,
         }
 
 
-def survey(folders: Sequence[Path], notify: Callable[[str], None] | None = None, all_ends: bool = False) -> list[View]:
+def survey(
+    folders: Sequence[Path],
+    notify: Callable[[str], None] | None = None,
+    all_ends: bool = False,
+    skip: bool = False,
+) -> list[View]:
     """Looks at the runs in ``folders``.
 
     Args:
+        folders: each a run's.
         notify: hears that Slurm does not answer; default: a note on stderr.
         all_ends: asks Slurm also for every earlier start, and for jobs whose end the folder tells.
+        skip: leaves out what cannot be read, and notifies.
 
     Raises:
         UserError: a folder cannot be read.
     """
-    clock = Clock()
-    runs = [read(folder, clock) for folder in folders]
+    tell = notify or (lambda line: print(f"note: {line}", file=sys.stderr))
+    clock, runs = Clock(), []
+    for folder in folders:
+        try:
+            runs.append(read(folder, clock))
+        except UserError as error:
+            if not skip:
+                raise
+            tell(str(error))
     jobs, past = [], []
     for run in runs:
         if not (submitted := run.seen.jobs()):
@@ -87,7 +102,7 @@ def survey(folders: Sequence[Path], notify: Callable[[str], None] | None = None,
         jobs += submitted
         past.append(submitted[-1])
         past += submitted[:-1] if all_ends else []
-    slurm = ask(jobs, past, notify, every_start=all_ends)
+    slurm = ask(jobs, past, tell, every_start=all_ends)
     return [View(run, judge(run.seen, slurm), slurm, _restarts(run)) for run in runs]
 
 
@@ -122,11 +137,6 @@ def size(number: float) -> str:
             return f"{number:.0f} {unit}"
         number /= 1000
     return f"{number:.1f} TB"
-
-
-def now() -> str:
-    """The present time as Slurm writes it."""
-    return time.strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def _number(value: object) -> float | None:

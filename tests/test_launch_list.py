@@ -63,7 +63,7 @@ def test_one_question_for_all_runs(slurm: Fake, capfd: pytest.CaptureFixture[str
     assert err == ""
     assert out.startswith("busy  running\n")
     assert "job 102, on n[3-4]" in out
-    assert "steps 0 to 20, saved and stopped: preempted; queued again" in out
+    assert "steps ? to 20, saved and stopped: preempted; queued again" in out
     assert "n[3-4], steps 20 to 40, goes on" in out
     assert main(["status", "--json", "102"]) == 0
     told = json.loads(capfd.readouterr().out)
@@ -73,7 +73,7 @@ def test_one_question_for_all_runs(slurm: Fake, capfd: pytest.CaptureFixture[str
 
 def test_a_start_without_a_word_is_explained(slurm: Fake, capfd: pytest.CaptureFixture[str]) -> None:
     record = make("a", "7", step=40)
-    record.add("began", {"job": "7", "restart": 0, "nodes": "n[1-2]"})
+    record.add("began", {"job": "7", "restart": 0, "nodes": "n[1-2]", "step": 0})
     reports = record.reports / "7.0"
     reports.mkdir(parents=True)
     (reports / "n1").write_text("0 75 \n1 1 rank 3 was lost\n")
@@ -145,6 +145,17 @@ def test_a_persons_defaults_hide_no_job(slurm: Fake, monkeypatch: pytest.MonkeyP
     for name in ("squeue", "sacct"):
         assert "SQUEUE_" not in slurm.environ(name)
         assert "SACCT_" not in slurm.environ(name)
+
+
+def test_what_cannot_be_read_is_left_out_and_told(slurm: Fake, capfd: pytest.CaptureFixture[str]) -> None:
+    make("a", step=4)
+    (make("b", "7").run / "metrics.jsonl").mkdir()
+    assert main(["list"]) == 0
+    out, err = capfd.readouterr()
+    assert err == "note: cannot read runs/b: Is a directory\n"
+    assert [line.split()[0] for line in out.splitlines()] == ["run", "a"]
+    assert main(["status", "b"]) == 2
+    assert capfd.readouterr().err == "error: cannot read runs/b: Is a directory\n"
 
 
 def test_lists_nothing(slurm: Fake, capfd: pytest.CaptureFixture[str]) -> None:

@@ -249,7 +249,7 @@ def test_every_start_and_its_end() -> None:
     restarts = [("7.1", "n1", "10:00 rank 3 was killed"), ("7.2", "n1", "other")]
     made = starts(events, slurms, restarts, 110, alive=True)
     assert [(s.job, s.restart, s.first, s.last, s.code, s.then) for s in made] == [
-        ("7", 0, 0, 40, 75, "requeued"), ("7", 1, 40, None, None, ""), ("7", 2, None, 90, 1, "over"),
+        ("7", 0, None, 40, 75, "requeued"), ("7", 1, 40, None, None, ""), ("7", 2, None, 90, 1, "over"),
         ("8", 0, 80, 110, None, ""),
     ]  # fmt: skip
     assert [s.how for s in made] == [

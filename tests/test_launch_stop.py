@@ -12,6 +12,7 @@ import pytest
 import runs
 from fake_slurm import Fake, launch, make, slurm, state_of, writes
 
+from launch import stop
 from launch.__main__ import main
 from launch.record import Record
 
@@ -143,6 +144,7 @@ def test_what_scancel_refuses_is_told(slurm: Fake, capfd: pytest.CaptureFixture[
 def test_waits_until_a_job_has_stopped(
     slurm: Fake, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(stop, "WAIT_SECONDS", 0.1)
     record = make("a", "7", step=40)
     record.add("began", {"job": "7", "restart": 0, "nodes": "n1"})
     writes(record)
