@@ -271,7 +271,8 @@ class Cluster:
             # The name may still be that of the dead node's link.
             pid = self._first(node)
             self._switch(f"ip link del {node} 2>/dev/null || true")
-            self._switch(f"ip link add {node} type veth peer name eth0 netns {pid}; ip link set {node} master switch up")
+            self._switch(f"ip link add {node} type veth peer name eth0 netns {pid}")
+            self._switch(f"ip link set {node} master switch up")
             assert process.stdin is not None
             process.stdin.write(b"go\n")
             process.stdin.flush()
@@ -307,7 +308,7 @@ class Cluster:
 
     def _end(self, name: str) -> None:
         process = self._daemons.pop(name)
-        # The namespace's first process, not unshare: the kernel lets it end after all others in there, unshare after it.
+        # Not unshare but its child, the namespace's first process: the kernel lets it end after all others in there.
         while process.poll() is None:
             for pid in _children(process.pid):
                 with contextlib.suppress(ProcessLookupError):

@@ -97,7 +97,10 @@ def slurm_conf(settings: Settings) -> str:
         "PreemptMode=REQUEUE",
         *(["SlurmctldParameters=preempt_send_user_signal"] if settings.user_signal else []),
         "ReturnToService=1",
+        # A dead node is found after 11 s, one that is cut off after 17 s (one run each). With the usual MessageTimeout
+        # of 10 s both take 30 s; with a shorter SlurmdTimeout a machine that is busy with tests loses nodes.
         "SlurmdTimeout=10",
+        "MessageTimeout=5",
         "KillWait=5",
         "MinJobAge=3600",  # scontrol knows ended jobs so long
         *(accounting if settings.accounting else []),
