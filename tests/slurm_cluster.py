@@ -242,7 +242,7 @@ class Cluster:
     def _start_switch(self) -> None:
         """A bridge, in a network of its own, and this machine's link to it."""
         self._spawn("switch", "ip link add switch type bridge && ip link set switch up && sleep infinity", "--net")
-        self.wait(lambda: "switch" in self._switch("ip -o link"))
+        self.wait(lambda: "switch" in self._switch("ip -o link", check=False))
         pid = self._first("switch")
         subprocess.run(
             ["sh", "-ec", f"ip link add {self.link} type veth peer name head netns {pid}\n"
@@ -251,9 +251,9 @@ class Cluster:
         )  # fmt: skip
         self._switch("ip link set head master switch up")
 
-    def _switch(self, script: str) -> str:
+    def _switch(self, script: str, check: bool = True) -> str:
         assert self.namespaces, "this cluster has one network: Cluster(…, namespaces=True)"
-        return self.run("nsenter", f"--target={self._first('switch')}", "--net", "sh", "-ec", script, check=False)
+        return self.run("nsenter", f"--target={self._first('switch')}", "--net", "sh", "-ec", script, check=check)
 
     def _start_node(self, node: str) -> None:
         lines = [
