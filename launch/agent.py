@@ -25,6 +25,8 @@ from typing import Any
 
 from launch.command import EXIT_CODE_FILE, FAILED, FINISHED, SIGNALS, STOPPED, USER_ERROR, Report, read_reports
 
+LONGEST = 200  # characters of what a failed rank says
+
 
 class _Over(Exception):
     """The workers ended in a way that another start would not change."""
@@ -90,15 +92,15 @@ def _over() -> bool:
 
 def _tell_restart(worker_group: Any) -> None:
     """Says on stderr, and in the file beside the reports, why workers are started again; forgets their reports."""
-    path = os.environ.get(EXIT_CODE_FILE)
-    failed = [(rank, report) for rank, report in sorted(_reports().items()) if report.code]
-    if failed:
-        reason = "; ".join(f"rank {rank}: {report.message or f'exit code {report.code}'}" for rank, report in failed)
-    elif str(worker_group.state).endswith("HEALTHY") and not str(worker_group.state).endswith("UNHEALTHY"):
+    path, reports = os.environ.get(EXIT_CODE_FILE), _reports()
+    killed = [w.global_rank for w in worker_group.workers if w.global_rank not in reports]  # the others have ended
+    failed = [f"rank {rank}: {report.message}"[:LONGEST] for rank, report in sorted(reports.items()) if report.message]
+    if worker_group.state.name == "HEALTHY":
         reason = "another node's workers are started again"
+    elif killed:
+        reason = f"rank {', '.join(map(str, killed))} was killed"
     else:
-        ranks = [worker.global_rank for worker in worker_group.workers]
-        reason = f"one of ranks {ranks[0]} to {ranks[-1]} was killed"
+        reason = "; ".join(failed) or "they failed"
     print(f"workers are started again: {reason}", file=sys.stderr, flush=True)
     if path:
         with contextlib.suppress(OSError):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from distrib.cli import load_config
 from distrib.config import Config, UserError
 from distrib.entry import print_config
-from distrib.layout import SPLITS, count_images, look
+from distrib.layout import SAMPLE, SPLITS, count_images, look
 from launch.command import FINISHED, TRAIN, USER_ERROR
 from launch.record import Record
 from launch.slurm.check import beside, check_alone, check_fits, check_writable, choose, need_slurm, partitions
@@ -66,7 +66,7 @@ def located(config: Config) -> Config:
     """``config`` with absolute paths: the nodes do not start in this folder."""
     run = config.run.model_copy(update={"dir": beside(config.run.dir)})
     data, model, wandb = config.data, config.model, config.wandb
-    if "${" not in data.root:  # a variable that only the nodes have
+    if "${" not in data.root and data.root != SAMPLE:  # else a variable that only the nodes have
         data = data.model_copy(update={"root": beside(data.root)})
     if data.index_dir is not None:
         data = data.model_copy(update={"index_dir": beside(data.index_dir)})
