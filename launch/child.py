@@ -17,13 +17,16 @@ from distrib.surroundings import same_command
 from launch.command import EXIT_CODE_FILE, SIGNALS, Command, Outcome, judge, read_reports
 
 
-def run(command: Command, procs: int, environ: Mapping[str, str]) -> Outcome:
-    """Runs ``command`` to its end, handing on what asks it to stop; never returns or dies before it has ended."""
+def run(command: Command, procs: int, environ: Mapping[str, str], reports: Path | None = None) -> Outcome:
+    """Runs ``command`` to its end, handing on what asks it to stop; never returns or dies before it has ended.
+
+    ``reports``: the file to which its workers append how they ended; None: one that goes with it.
+    """
     stop = _Stop()
     before = {number: signal.signal(number, stop) for number in _stop_signals()}
     try:
         with tempfile.TemporaryDirectory(prefix="distrib-launch-") as folder:
-            file = Path(folder, "exit-codes")
+            file = reports or Path(folder, "exit-codes")
             if stop.asked is not None:
                 return judge(-stop.asked, {}, procs, stop.asked)
             # In a session of its own: a terminal's Ctrl-C would reach torchrun beside our copy of it, and at the
@@ -36,8 +39,8 @@ def run(command: Command, procs: int, environ: Mapping[str, str]) -> Outcome:
             )
             stop.attach(process)
             returncode = process.wait()
-            reports = read_reports(file.read_text(encoding="utf-8", errors="replace")) if file.exists() else {}
-            return judge(returncode, reports, procs, stop.asked, same_command())
+            said = read_reports(file.read_text(encoding="utf-8", errors="replace")) if file.exists() else {}
+            return judge(returncode, said, procs, stop.asked, same_command())
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

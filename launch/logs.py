@@ -47,8 +47,7 @@ def main(argv: Sequence[str], train: Path) -> int:
     if not record.jobs() and not log_files(record, args.rank):
         raise UserError(f"{folder} has no log: a run that no job trains prints to its terminal alone")
     if args.follow:
-        follow(record, args.rank, args.lines)
-        return FINISHED
+        return follow(record, args.rank, args.lines)
     files = log_files(record, args.rank)
     if not files:
         (view,) = survey([folder])
@@ -64,18 +63,20 @@ def log_files(record: Record, rank: int) -> list[Path]:
     log = record.log_of(rank)
     if _bytes(log) or _bytes(record.log_of(0)):
         return [log] if log.exists() else []
-    names = [str(e["submission"]) for e in record.read() if e["event"] == "submitted" and e.get("submission")]
-    for name in reversed(names):
-        # The name may be a path; what it ends in is the folder here.
-        place = record.path / Path(name).name
-        found = sorted((file for file in place.glob("*_log.*") if _bytes(file)), key=lambda file: file.name)
+    for event in reversed(record.read()):
+        if event["event"] != "submitted" or not event.get("submission"):
+            continue
+        place = Path(str(event["submission"]))  # an array's elements share one, outside their folders
+        if not place.is_dir():  # the run's folder has moved
+            place = record.path / place.name
+        found = sorted(file for file in place.glob(f"{event.get('job')}_*log.*") if _bytes(file))
         if found:
             return [file for file in found if file.suffix == ".out"] or found
     return []
 
 
-def follow(record: Record, rank: int = 0, lines: int = LINES, notify: Callable[[str], None] | None = None) -> State:
-    """Shows what a rank prints until the run is over, or until Ctrl-C; returns the run's state then.
+def follow(record: Record, rank: int = 0, lines: int = LINES, notify: Callable[[str], None] | None = None) -> int:
+    """Shows what a rank prints until the run is over, or until Ctrl-C; returns 0.
 
     The file may not be there yet, be cut, or be replaced. A run that waits to go on is waited for.
 
@@ -105,10 +106,10 @@ def follow(record: Record, rank: int = 0, lines: int = LINES, notify: Callable[[
                     tell(_words(state))
                 over = view.settled
             elif over and not came:  # looked at since: nobody writes to it any more
-                return state
+                return FINISHED
             time.sleep(LOOK_SECONDS)
     except (KeyboardInterrupt, BrokenPipeError):
-        return state
+        return FINISHED
 
 
 def last_lines(path: Path, lines: int) -> tuple[bytes, int]:

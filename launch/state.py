@@ -12,7 +12,7 @@ Who asks for a state gets the first row that fits. "The job" is the one of the r
                   and nobody writes, or no line yet             starting
     no job is there, and somebody writes                        as if the job ran
     the job's script said how it ended, and that it is over     finished, stopped, diverged or failed, by its exit code;
-                                                                cancelled where Slurm says so
+                                                                cancelled where it or Slurm says so
     Slurm calls the job cancelled                               cancelled; stopped where a stop was asked for
     the summary covers, and says finished or diverged           that
     Slurm calls it lost with its node or preempted, and cannot  requeued
@@ -46,6 +46,7 @@ ACTIVE = (*WAITING, *ENDING, "RUNNING", "CONFIGURING", "RESIZING", "SUSPENDED", 
 # Ends after which Slurm itself may queue a job again.
 AGAIN = ("NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "REQUEUED")
 
+CANCELLED = "cancelled"  # the script's reason for an end that Slurm's user wanted
 SILENT = "Slurm does not answer"
 
 
@@ -175,8 +176,8 @@ def _ended(seen: Seen, job: str, slurm: Slurm) -> tuple[str, str]:
         code, reason = end.get("code"), str(end.get("reason") or "")
         if code == FINISHED:
             return ("diverged" if covered == "diverged" else "finished"), ""
-        if slurms == "CANCELLED" and not seen.stop:
-            return "cancelled", reason if code != STOPPED else "what it had done is saved"
+        if reason == CANCELLED or (slurms == "CANCELLED" and not seen.stop):
+            return "cancelled", "what it had done is saved" if code == STOPPED else ""
         if code == STOPPED:
             return "stopped", reason
         return ("diverged" if covered == "diverged" else "failed"), reason or f"exit code {code}"

@@ -96,7 +96,7 @@ def survey(
         if not (submitted := run.seen.jobs()):
             continue
         end = run.seen.end(submitted[-1]) or {}
-        # What is over for another reason than a stop can not have been cancelled, and is never queued again.
+        # What ended for another reason than a stop was not cancelled, or its script has said so.
         if not all_ends and end.get("then") == "over" and end.get("code") in (FINISHED, FAILED, USER_ERROR):
             continue
         jobs += submitted

@@ -70,6 +70,21 @@ def test_what_a_job_printed_before_python_began(slurm: Fake, capfd: pytest.Captu
     assert f"{record.path}/s8/8_0_log.out" in capfd.readouterr().out
 
 
+def test_an_arrays_elements_share_a_folder(slurm: Fake, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    place = tmp_path / "elsewhere"
+    place.mkdir()
+    for k in range(2):
+        record = make(f"sweep/{k}")
+        record.add("submitted", {"job": f"12_{k}", "submission": str(place)})
+        (place / f"12_{k}_0_log.out").write_text(f"element {k}\n")
+    assert main(["logs", "12_1"]) == 0
+    assert capfd.readouterr().out == "element 1\n"
+    moved = tmp_path / "runs" / "sweep" / "1" / "launch" / "elsewhere"
+    place.rename(moved)
+    assert main(["logs", "12_1"]) == 0
+    assert capfd.readouterr().out == "element 1\n"
+
+
 def test_a_run_of_this_machine_has_no_log(slurm: Fake, capfd: pytest.CaptureFixture[str]) -> None:
     make("a", step=4)
     assert main(["logs", "a", "-f"]) == 2

@@ -115,6 +115,8 @@ S, B = submitted(), began()
         (Seen([S, B, ended(75, reason="asked by launch stop")], stop=True), GONE, "stopped", "launch stop"),
         (Seen([S, B, ended(75)]), past("CANCELLED"), "cancelled", "is saved"),
         (Seen([S, B, ended(143)]), past("CANCELLED"), "cancelled", ""),
+        (Seen([S, B, ended(75, reason="cancelled")]), GONE, "cancelled", "is saved"),
+        (Seen([S, B, ended(1, reason="cancelled")]), NONE, "cancelled", ""),
         (Seen([S, B, ended(143)], stop=True), past("CANCELLED"), "failed", "exit code 143"),
         (Seen([S, B, ended(1, reason="step 40 twice")]), GONE, "failed", "step 40 twice"),
         (Seen([S, B, ended(1)], step=40, summary=summary("diverged")), GONE, "diverged", "exit code 1"),

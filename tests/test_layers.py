@@ -39,7 +39,7 @@ DEPTH = {unit: depth for depth, layer in enumerate(LAYERS) for unit in layer}
 APART = ("distrib.tools",)  # programs, each a module or a sub-package, that do not import each other either
 LAUNCH_MAY = (
     "distrib.config", "distrib.cli", "distrib.entry", "distrib.follow", "distrib.layout", "distrib.lease",
-    "distrib.options", "distrib.root", "distrib.surroundings",
+    "distrib.options", "distrib.place", "distrib.root", "distrib.surroundings",
 )  # fmt: skip
 WITHOUT_TORCH = ("launch", "distrib", "distrib.__main__", "distrib.keys", *LAUNCH_MAY)  # a login node has none
 AGENT = "launch.agent"  # the one exception: a program that stands in for torchrun, started only where torch is
