@@ -20,6 +20,7 @@ import yaml
 from distrib.config import UserError
 from distrib.lease import NAME as WRITER
 from distrib.lease import disk_time, look
+from launch.command import Report, read_reports
 from launch.record import FOLDER, Record
 from launch.state import Seen
 
@@ -252,6 +253,17 @@ def restarts_within(record: Record) -> list[tuple[str, str, str]]:
         for file in sorted(record.reports.glob("*/*.restarts")):
             lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
             found += [(file.parent.name, file.stem, line.strip()) for line in lines if line.strip()]
+    return found
+
+
+def reports(record: Record) -> dict[str, list[tuple[str, int, Report]]]:
+    """(host, rank, what it said as it ended), by JOB.RESTART; what cannot be read is left out."""
+    found: dict[str, list[tuple[str, int, Report]]] = {}
+    with contextlib.suppress(OSError):
+        for file in sorted(record.reports.glob("*/*")):
+            if file.suffix != ".restarts":
+                said = read_reports(file.read_text(encoding="utf-8", errors="replace"))
+                found.setdefault(file.parent.name, []).extend((file.name, *pair) for pair in sorted(said.items()))
     return found
 
 

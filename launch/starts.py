@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from launch.command import FINISHED, STOPPED, USER_ERROR
 from launch.state import ACTIVE, Job
+
+_WORDLESS = "ended without its script's word"
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ def starts(
     events: Sequence[Mapping[str, Any]],
     past: Mapping[str, Sequence[Job]],
     restarts: Sequence[tuple[str, str, str]],
+    codes: Mapping[str, Collection[int]],
     step: int,
     alive: bool,
 ) -> list[Start]:
@@ -44,6 +47,7 @@ def starts(
         events: the record's.
         past: each job's starts as Slurm's accounts have them, oldest first.
         restarts: (JOB.RESTART, host, "TIME REASON") for the times that workers were started again.
+        codes: what ranks said as they ended, by JOB.RESTART.
         step: that the run has reached by now.
         alive: whether the newest start goes on.
     """
@@ -73,7 +77,7 @@ def starts(
                 first=first,
                 last=last,
                 code=code,
-                how=_how(end, row, newest and alive),
+                how=_how(end, row, codes.get(f"{job}.{restart}", ()), newest and alive),
                 then=str(end.get("then") or "") if end else "",
                 within=tuple(f"{host}: {line}" for name, host, line in restarts if name == f"{job}.{restart}"),
             )
@@ -81,15 +85,18 @@ def starts(
     return made
 
 
-def _how(end: Mapping[str, Any] | None, row: Job | None, alive: bool) -> str:
+def _how(end: Mapping[str, Any] | None, row: Job | None, codes: Collection[int], alive: bool) -> str:
     if end is not None:
         code, reason = end.get("code"), str(end.get("reason") or "")
         means = {FINISHED: "finished", STOPPED: "saved and stopped", USER_ERROR: "refused"}
         word = means.get(code, f"failed ({code})") if isinstance(code, int) else "ended"
         return f"{word}: {reason}" if reason else word
+    saved = "its ranks have saved and stopped, " if codes and set(codes) <= {FINISHED, STOPPED} else ""
     if row is not None and row.state not in ("", "COMPLETED", *(s for s in ACTIVE if s != "REQUEUED")):
-        return f"ended without a word: Slurm says {row.state}"
-    return "goes on" if alive else "ended without a word: its node failed, or it was killed"
+        return f"{_WORDLESS}: {saved}Slurm says {row.state}"
+    if alive:
+        return "goes on"
+    return f"{_WORDLESS}: {saved or 'its node failed, or it was killed'}".removesuffix(", ")
 
 
 def _whole(value: object) -> int | None:

@@ -7,8 +7,9 @@ Who asks for a state gets the first row that fits. "The job" is the one of the r
     the job waits in Slurm's queue, and has not begun yet       queued
                                     and has begun before        requeued
     the job is suspended                                        suspended
-    the job runs, and its writer lives                          running; stopping where a stop was asked for
-                  and Slurm or its script is ending it          stopping
+    the job runs, and a stop was asked for, or Slurm or its     stopping
+                  script is ending it
+                  and its writer lives                          running
                   and nobody writes, or no line yet             starting
     no job is there, and somebody writes                        as if the job ran
     the job's script said how it ended, and that it is over     finished, stopped, diverged or failed, by its exit code;
@@ -157,14 +158,14 @@ def _active_state(seen: Seen, job: Job) -> State:
     if job.state in ("SUSPENDED", "STOPPED"):
         return State("suspended", job.reason if job.reason != "None" else "", job.job, job.nodes)
     end = seen.end(job.job)
-    if job.state in ENDING or (end is not None and end.get("then") == "over"):
+    if job.state in ENDING or seen.stop or (end is not None and end.get("then") == "over"):
         return State("stopping", "", job.job, job.nodes)
     if writer is None:
         return State("starting", "", job.job, job.nodes)
     if writer.alive is False:
         return State("starting", f"the last writer, {_gone(writer)}", job.job, job.nodes)
     name, reason = _named(_by_folder(seen))
-    return State("stopping" if seen.stop else name, reason, job.job, job.nodes)
+    return State(name, reason, job.job, job.nodes)
 
 
 def _ended(seen: Seen, job: str, slurm: Slurm) -> tuple[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,9 +11,9 @@ from rich.console import Console
 from rich.text import Text
 
 from distrib.options import PlainParser
-from launch.command import FINISHED, read_reports
+from launch.command import FINISHED, STOPPED
 from launch.logs import log_files
-from launch.runs import checkpoints, resolve, restarts_within
+from launch.runs import checkpoints, reports, resolve, restarts_within
 from launch.starts import Start, starts
 from launch.survey import View, duration, moment, size, survey
 from launch.terminal import COLOURS, console
@@ -46,8 +45,9 @@ def main(argv: Sequence[str], train: Path) -> int:
 def starts_of(view: View) -> list[Start]:
     """Every start of the run that the launcher knows."""
     alive = not view.state.over and view.state.name not in ("queued", "requeued")
-    past = view.slurm.past or {}
-    return starts(view.run.seen.events, past, restarts_within(view.run.record), view.run.step, alive)
+    run, past = view.run, view.slurm.past or {}
+    codes = {name: [report.code for _, _, report in said] for name, said in reports(run.record).items()}
+    return starts(run.seen.events, past, restarts_within(run.record), codes, run.step, alive)
 
 
 def as_json(view: View) -> dict[str, Any]:
@@ -92,13 +92,14 @@ def lines(view: View) -> Iterator[tuple[str, str]]:
     if run.seen.stop:
         yield "stop", "a saved stop was asked for; the job is not queued again"
     yield from _progress(view)
+    said = reports(run.record)
     for start in starts_of(view):
         yield f"start {start.job}.{start.restart}", _start(start)
         for line in start.within:
             yield "", f"workers started again, {line}"
-        if not start.then and start.how.startswith("ended without"):
-            for line in _said(view, start):
-                yield "", line
+        for host, rank, report in said.get(f"{start.job}.{start.restart}", []) if not start.then else []:
+            if report.code not in (FINISHED, STOPPED):
+                yield "", f"rank {rank} on {host} ended with {report.code}: {report.message}".removesuffix(": ")
     saved = checkpoints(run.path)
     if saved:
         total = size(sum(length for _, _, length in saved))
@@ -134,20 +135,6 @@ def _start(start: Start) -> str:
     when = moment(start.began) + (f" to {moment(start.ended)}" if start.ended else "")
     then = {"requeued": "; queued again", "over": ""}.get(start.then, "")
     return f"{when}, {start.nodes or 'nodes unknown'}, {steps}, {start.how}{then}"
-
-
-def _said(view: View, start: Start) -> Iterator[str]:
-    """What ranks reported of a start whose script could not say how it ended."""
-    folder = view.run.record.reports / f"{start.job}.{start.restart}"
-    for file in sorted(folder.glob("*")) if folder.is_dir() else []:
-        if file.suffix == ".restarts":
-            continue
-        text = ""
-        with contextlib.suppress(OSError):
-            text = file.read_text(encoding="utf-8", errors="replace")
-        for rank, report in sorted(read_reports(text).items()):
-            if report.code:
-                yield f"rank {rank} on {file.name} ended with {report.code}: {report.message}".removesuffix(": ")
 
 
 def bad_samples(folder: Path) -> int:

@@ -50,6 +50,7 @@ def past(*states: str, job: str = "7", code: str = "0:0", squeue: bool = True) -
 
 
 GONE, NONE = queue(), Slurm()
+WORDLESS = "ended without its script's word"
 
 
 @pytest.mark.parametrize(
@@ -104,6 +105,7 @@ S, B = submitted(), began()
         (Seen([S, B], step=5, writer=ALIVE), queue(RUNS), "running", ""),
         (Seen([S, B], step=5, writer=UNKNOWN), queue(RUNS), "running", "nobody can tell"),
         (Seen([S, B], step=5, writer=ALIVE, stop=True), queue(RUNS), "stopping", ""),
+        (Seen([S, B], step=5, stop=True), queue(RUNS), "stopping", ""),  # saved, the script has yet to say it
         (Seen([S, B], step=5, writer=SILENT), queue(RUNS), "starting", "silent for 300 s"),
         (Seen([S, B], step=5, writer=ALIVE), queue(Job("7", "COMPLETING", "None")), "stopping", ""),
         (Seen([S, B, ended(0)], summary=summary("finished")), queue(RUNS), "stopping", ""),
@@ -249,15 +251,33 @@ def test_every_start_and_its_end() -> None:
               submitted("8"), began(0, "8", nodes=["n4", "n5"], step=80)]  # fmt: skip
     slurms = {"7": [Job("7", "PREEMPTED"), Job("7", "NODE_FAIL", end="2026-11-25T10:00:00"), Job("7", "FAILED")]}
     restarts = [("7.1", "n1", "10:00 rank 3 was killed"), ("7.2", "n1", "other")]
-    made = starts(events, slurms, restarts, 110, alive=True)
+    made = starts(events, slurms, restarts, {"7.1": [75, 1]}, 110, alive=True)
     assert [(s.job, s.restart, s.first, s.last, s.code, s.then) for s in made] == [
         ("7", 0, None, 40, 75, "requeued"), ("7", 1, 40, None, None, ""), ("7", 2, None, 90, 1, "over"),
         ("8", 0, 80, 110, None, ""),
     ]  # fmt: skip
     assert [s.how for s in made] == [
-        "saved and stopped: preempted", "ended without a word: Slurm says NODE_FAIL", "failed (1)", "goes on",
+        "saved and stopped: preempted", f"{WORDLESS}: Slurm says NODE_FAIL", "failed (1)", "goes on",
     ]  # fmt: skip
     assert (made[1].ended, made[1].within) == ("2026-11-25T10:00:00", ("n1: 10:00 rank 3 was killed",))
     assert (made[0].nodes, made[3].nodes) == ("n[1-2]", "n4,n5")
-    assert starts(events, {}, [], 110, alive=False)[3].how == "ended without a word: its node failed, or it was killed"
-    assert [s.how for s in starts([S, B], {"7": [Job("7", "RUNNING")]}, [], 1, alive=True)] == ["goes on"]
+    killed = f"{WORDLESS}: its node failed, or it was killed"
+    assert starts(events, {}, [], {}, 110, alive=False)[3].how == killed
+
+
+@pytest.mark.parametrize(
+    ("states", "codes", "alive", "expected"),
+    [
+        (["RUNNING"], [], True, "goes on"),
+        ([], [], True, "goes on"),
+        ([], [75, 0], False, f"{WORDLESS}: its ranks have saved and stopped"),
+        (["REQUEUED"], [75, 75], False, f"{WORDLESS}: its ranks have saved and stopped, Slurm says REQUEUED"),
+        (["REQUEUED"], [75, 1], False, f"{WORDLESS}: Slurm says REQUEUED"),
+        (["COMPLETED"], [], False, f"{WORDLESS}: its node failed, or it was killed"),
+    ],
+)
+def test_a_start_of_which_the_script_says_no_end(
+    states: list[str], codes: list[int], alive: bool, expected: str
+) -> None:
+    past = {"7": [Job("7", state) for state in states]}
+    assert [start.how for start in starts([S, B], past, [], {"7.0": codes}, 1, alive)] == [expected]

@@ -126,9 +126,8 @@ def test_stops_a_job(
     assert f"job {job} of a " in out
     assert slurm.calls("scancel") == [call]
     assert record.stop.exists()
-    assert state_of(Path("runs"), capfd)["state"] == {"PENDING": "requeued" if began else "queued"}.get(
-        state, "starting"
-    )
+    waits = "requeued" if began else "queued"
+    assert state_of(Path("runs"), capfd)["state"] == ("stopping" if state == "RUNNING" else waits)
 
 
 def test_what_scancel_refuses_is_told(slurm: Fake, capfd: pytest.CaptureFixture[str]) -> None:
