@@ -13,7 +13,9 @@ Who asks for a state gets the first row that fits. "The job" is the one of the r
                   and nobody writes, or no line yet             starting
     no job is there, and somebody writes                        as if the job ran
     the job's script said how it ended, and that it is over     finished, stopped, diverged or failed, by its exit code;
-                                                                cancelled where it or Slurm says so
+                                                                cancelled where it or Slurm says so; an end with 0
+                                                                without a summary is none: failed, or stopped
+                                                                where that was asked for
     Slurm calls the job cancelled                               cancelled; stopped where a stop was asked for
     the summary covers, and says finished or diverged           that
     Slurm calls it lost with its node or preempted, and cannot  requeued
@@ -175,12 +177,14 @@ def _ended(seen: Seen, job: str, slurm: Slurm) -> tuple[str, str]:
     then = end.get("then") if end is not None else ""
     if end is not None and then == "over":
         code, reason = end.get("code"), str(end.get("reason") or "")
-        if code == FINISHED:
-            return ("diverged" if covered == "diverged" else "finished"), ""
+        if code == FINISHED and covered in ("finished", "diverged"):
+            return covered, ""
+        if code == FINISHED and not seen.stop:  # nobody trained: the script was misled
+            return "failed", "its job ended with 0, but no summary says that the training is done"
         if reason == CANCELLED or (slurms == "CANCELLED" and not seen.stop):
             return "cancelled", "what it had done is saved" if code == STOPPED else ""
-        if code == STOPPED:
-            return "stopped", reason
+        if code in (FINISHED, STOPPED):
+            return "stopped", reason if code == STOPPED else "before it began"
         return ("diverged" if covered == "diverged" else "failed"), reason or f"exit code {code}"
     if slurms == "CANCELLED":
         return ("stopped", "it was taken out of Slurm") if seen.stop else ("cancelled", "")

@@ -29,6 +29,7 @@ def test_one_question_for_all_runs(slurm: Fake, capfd: pytest.CaptureFixture[str
     again.add("began", {"job": "103", "restart": 0, "nodes": "n1"})
     make("gone", "104_3")
     done = make("done", "90", step=80)
+    (done.run / "summary.json").write_text(json.dumps({"status": "finished", "step": 80}))
     done.add("began", {"job": "90", "restart": 0, "nodes": "n1"})
     done.add("ended", {"job": "90", "restart": 0, "code": 0, "step": 80, "reason": "", "then": "over"})
     make("local", step=40)

@@ -159,6 +159,7 @@ def test_follows_over_requeues_until_the_end(
     until(shows("of a later start\n"))
     assert thread.is_alive()
     slurm.says("squeue")
+    (record.run / "summary.json").write_text('{"status": "finished", "step": 40}')
     record.add("ended", {"job": "7", "restart": 0, "code": 0, "step": 40, "reason": "", "then": "over"})
     with log.open("a") as file:
         file.write("the last words\n")

@@ -113,7 +113,11 @@ S, B = submitted(), began()
         (Seen([S, B, ended(1, "requeued")], step=5), queue(RUNS), "starting", ""),  # the script has yet to say it
         # over, as the script said it
         (Seen([S, B, ended(0)], summary=summary("finished")), GONE, "finished", ""),
-        (Seen([S, B, ended(0)]), NONE, "finished", ""),
+        (Seen([S, B, ended(0)], summary=summary("finished")), NONE, "finished", ""),
+        (Seen([S, B, ended(0)], summary=summary("diverged")), NONE, "diverged", ""),
+        (Seen([S, B, ended(0)]), NONE, "failed", "no summary says"),
+        (Seen([S, B, ended(0)], step=41, summary=summary("stopped")), NONE, "failed", "no summary says"),
+        (Seen([S, B, ended(0)], stop=True), NONE, "stopped", "before it began"),
         (Seen([S, B, ended(75, reason="asked by launch stop")], stop=True), GONE, "stopped", "launch stop"),
         (Seen([S, B, ended(75)]), past("CANCELLED"), "cancelled", "is saved"),
         (Seen([S, B, ended(143)]), past("CANCELLED"), "cancelled", ""),
@@ -176,7 +180,7 @@ def test_a_run_with_a_job(seen: Seen, slurm: Slurm, expected: str, part: str) ->
     [
         (Seen([S, B], step=5, writer=SILENT), NONE, False),  # lost, or waiting to go on
         (Seen([S, B], step=5, writer=SILENT), GONE, True),
-        (Seen([S, B, ended(0)]), NONE, True),
+        (Seen([S, B, ended(0)], summary=summary("finished")), NONE, True),
         (Seen(step=5, writer=SILENT), NONE, True),
         (Seen(step=5, writer=ALIVE), NONE, False),
     ],
