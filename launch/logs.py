@@ -52,9 +52,13 @@ def main(argv: Sequence[str], train: Path) -> int:
     if not files:
         (view,) = survey([folder])
         raise UserError(f"{folder} has no log of rank {args.rank} yet: it is {_words(view.state)}")
-    with contextlib.suppress(BrokenPipeError, KeyboardInterrupt):
-        for file in files:
-            _write(last_lines(file, args.lines)[0])
+    for file in files:
+        try:
+            data = last_lines(file, args.lines)[0]
+        except OSError as error:
+            raise UserError(f"cannot read {file}: {error.strerror}") from None
+        with contextlib.suppress(BrokenPipeError):
+            _write(data)
     return FINISHED
 
 
@@ -147,23 +151,27 @@ class _Reader:
         if path is None:
             return False
         try:
-            if path != self._path:
-                data, self._at = last_lines(path, self._lines)
-                self._path, self._node = path, path.stat().st_ino
-                _write(data)
-                return bool(data)
-            # Opened anew each time: a network disk shows the file as it is only then.
-            with path.open("rb") as file:
-                about = os.fstat(file.fileno())
-                if about.st_ino != self._node or about.st_size < self._at:
-                    self._node, self._at = about.st_ino, 0
-                file.seek(self._at)
-                data = file.read(1 << 20)
-        except FileNotFoundError:
+            data = self._first(path) if path != self._path else self._next(path)
+        except OSError:  # gone for a moment, or its disk is: it is looked at again
             return False
-        self._at += len(data)
         _write(data)
         return bool(data)
+
+    def _first(self, path: Path) -> bytes:
+        data, at = last_lines(path, self._lines)
+        self._path, self._node, self._at = path, path.stat().st_ino, at
+        return data
+
+    def _next(self, path: Path) -> bytes:
+        # Opened anew each time: a network disk shows the file as it is only then.
+        with path.open("rb") as file:
+            about = os.fstat(file.fileno())
+            if about.st_ino != self._node or about.st_size < self._at:
+                self._node, self._at = about.st_ino, 0
+            file.seek(self._at)
+            data = file.read(1 << 20)
+        self._at += len(data)
+        return data
 
 
 def _write(data: bytes) -> None:
