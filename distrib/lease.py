@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import secrets
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -209,6 +210,22 @@ class Lease:
         for folder in self._made:  # the deepest first
             with contextlib.suppress(OSError):  # not empty
                 folder.rmdir()
+
+
+def writer_of(folder: Path) -> Holder | None:
+    """Who writes there, by one look; None where nobody does, or where the heart of one elsewhere stands still.
+
+    Raises:
+        OSError: the folder cannot be read; or the holder is elsewhere, and it cannot be written to ask for the time.
+    """
+    holder = _read(folder / NAME)
+    if holder is None:
+        return None
+    if holder.born and holder.machine == _machine():
+        return holder if _born(holder.pid) == holder.born else None
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{NAME}.look-") as file:
+        now = os.fstat(file.fileno()).st_mtime
+    return holder if now - _time(folder / NAME) <= DEAD_SECONDS else None
 
 
 def _read(path: Path) -> Holder | None:
