@@ -56,6 +56,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="list the runs and their commands, and start nothing")
     parser.add_argument("--yes", action="store_true", help=f"consent to more than {MOST} runs")
     parser.add_argument("--slurm", action="store_true", help=argparse.SUPPRESS)
+    if "--fresh" in argv:
+        raise UserError("--fresh: a sweep's runs begin and go on as needed: leave it out, or give another --name")
     args = parser.parse_words(argv)
     if args.slurm:
         raise UserError("--slurm: a sweep runs on this machine only, so far: leave it out, or start it within a job")

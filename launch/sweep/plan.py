@@ -73,8 +73,6 @@ def plan_sweep(file: str, words: Sequence[str], name: str | None = None, most: i
     """
     settings = read_settings(words)
     varied = [setting for setting in settings if len(setting.values) > 1]
-    if not varied:
-        raise UserError("nothing is varied: give a setting several values, optim.lr=0.5,1.0 or seed=0..4")
     count = math.prod(len(setting.values) for setting in varied)
     if most is not None and count > most:
         raise UserError(f"{count} runs are more than {most}: leave values out, or consent with --yes")
@@ -83,6 +81,8 @@ def plan_sweep(file: str, words: Sequence[str], name: str | None = None, most: i
     combinations = list(itertools.product(*(setting.words() for setting in varied)))
 
     base = _base(file, common, combinations[0])
+    if not varied:
+        raise UserError("nothing is varied: give a setting several values, optim.lr=0.5,1.0 or seed=0..4")
     name = name or f"{base.run.name}-sweep"
     if not re.fullmatch(r"[\w.+-]+", name):
         raise UserError(f"--name {name}: a name is made of letters, digits, '_', '.', '+' and '-'")
@@ -143,17 +143,17 @@ def _short_names(keys: Sequence[str]) -> dict[str, str]:
 
 
 def _check_distinct(elements: Sequence[Element]) -> None:
-    names: dict[str, Element] = {}
-    marks: dict[str, Element] = {}
+    names: set[str] = set()
+    marks: dict[str, str] = {}
     for element in elements:
-        if element.name in names:
-            raise UserError(
-                f"two runs would be called {element.name}: spell the values so that letters tell them apart"
-            )
         mark = repr(settings_of(element.config))
         if mark in marks:
-            raise UserError(f"{marks[mark].name} and {element.name} would be the same run: leave a value out")
-        names[element.name] = marks[mark] = element
+            both = " and ".join(dict.fromkeys([marks[mark], element.name]))
+            raise UserError(f"two runs would be the same, {both}: leave a value out")
+        if element.name in names:
+            raise UserError(f"two runs would be called {element.name}: letters and digits must tell values apart")
+        names.add(element.name)
+        marks[mark] = element.name
 
 
 def settings_of(config: Config) -> dict[str, Any]:

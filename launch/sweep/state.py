@@ -72,20 +72,24 @@ def look_at(element: Element) -> Found:
 def differences(asked: Config, trained: Config) -> dict[str, tuple[Any, Any]]:
     """The settings that decide about the result and differ, with their values in ``trained`` and in ``asked``.
 
-    What is auto in ``asked`` and does not follow from the configuration alone agrees with any value; a batch that is
-    larger than the images are became as many as there are.
+    What is auto in ``asked`` and does not follow from the configuration alone agrees with any value, and so does a
+    variable that is not set here. A batch that is larger than the images are became as many as there are.
     """
     before, now = settings_of(trained), settings_of(follow(asked))
     changed = {
         key: (before.get(key), now.get(key))
         for key in sorted(before | now)
-        if before.get(key) != now.get(key) and now.get(key) != "auto" and not key.startswith((*FREE, *MACHINE))
+        if before.get(key) != now.get(key) and not _is_open(now.get(key)) and not key.startswith((*FREE, *MACHINE))
     }
     if "train.global_batch" in changed and _images(asked) == trained.train.global_batch:
         del changed["train.global_batch"]
         if trained.train.micro_batch == trained.train.global_batch:
             changed.pop("train.micro_batch", None)
     return changed
+
+
+def _is_open(value: Any) -> bool:
+    return value == "auto" or (isinstance(value, str) and "${" in value)
 
 
 def _images(config: Config) -> int | None:
