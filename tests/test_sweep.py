@@ -211,6 +211,7 @@ def test_where_a_sweep_lies(monkeypatch: pytest.MonkeyPatch) -> None:
     assert folder(name="first") == "first runs/first"
     assert folder("run.dir=/big/x") == "quickstart-sweep /big/x"
     assert folder("run.dir=/big/x", name="first") == "first /big/x"
+    assert folder("run.dir=/big/${run.name}") == "quickstart-sweep /big/quickstart"
     monkeypatch.setenv("WANDB_RUN_GROUP", "theirs")
     sweep = plan_sweep(QUICK, ["seed=0,1", "wandb.tags=own,two"])
     assert (sweep.elements[0].config.wandb.group, sweep.elements[0].config.wandb.tags) == ("theirs", ("own", "two"))
@@ -406,8 +407,12 @@ def starts(folder: Path) -> dict[str, int]:
     return {file.parent.name: len(file.read_text().splitlines()) for file in sorted(folder.glob("*/starts"))}
 
 
-def test_a_sweep_and_again(stand_in: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_and_again(
+    stand_in: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     runs = tmp_path / "runs"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    monkeypatch.setenv("WANDB_RUN_ID", "of-the-sweep")
     words = ["sweep", "--config", QUICK, f"run.dir={runs}", "--at-once", "2", "optim.lr=0.5,1"]
     assert main([*words, "seed=0,1"], stand_in) == 0
     out, err = capfd.readouterr()
@@ -418,7 +423,9 @@ def test_a_sweep_and_again(stand_in: Path, tmp_path: Path, capfd: pytest.Capture
     values = json.loads((runs / "table.json").read_text())
     assert [row["top1"]["mean"] for row in values["rows"]] == [5.5, 10.5]
     assert set(starts(runs).values()) == {1}
-    assert "starts\n" not in (runs / "lr=1,seed=0" / "launch" / "logs" / "rank_00000.log").read_text()
+    found = [file.read_text().split() for file in runs.glob("*/starts")]
+    assert {gpus for _, _, gpus, _ in found} == {"4", "7"}
+    assert {wandb_id for _, _, _, wandb_id in found} == {"None"}
 
     # Again, nothing is started; with more values, those alone.
     assert main([*words, "seed=0,1"], stand_in) == 0
@@ -516,7 +523,7 @@ def test_a_run_that_somebody_else_trains_is_left_alone(
     out, err = capfd.readouterr()
     assert starts(runs) == {"lr=1,seed=0": 1}
     assert "| 0.5 | 0 |  |  |  | 1 running |" in out
-    assert err.endswith("1 runs were being trained elsewhere and were left alone\n")
+    assert err.endswith("1 of 2 runs are trained elsewhere: left alone\n")
 
 
 def test_listing_and_the_table_start_nothing(stand_in: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

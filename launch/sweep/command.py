@@ -104,7 +104,7 @@ def main(argv: Sequence[str], train: Path = TRAIN) -> int:
         names = [name for name, one in found.items() if one.state == FAILED]
         say(f"error: {len(names)} of {len(found)} runs failed: {', '.join(names[:3])}{' …' if names[3:] else ''}")
     elif counts[RUNNING]:
-        say(f"{counts[RUNNING]} runs were being trained elsewhere and were left alone")
+        say(f"{counts[RUNNING]} of {len(found)} runs are trained elsewhere: left alone")
     return code
 
 

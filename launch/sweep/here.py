@@ -39,7 +39,7 @@ def visible_gpus(environ: Mapping[str, str], devices: Path = Path("/dev")) -> li
     """The GPUs as ``CUDA_VISIBLE_DEVICES`` names them; without it, the numbers of those that there are."""
     if "CUDA_VISIBLE_DEVICES" in environ:
         return [name for name in environ["CUDA_VISIBLE_DEVICES"].split(",") if name.strip()]
-    return [str(number) for number, _ in enumerate(filter(GPU.fullmatch, (file.name for file in devices.glob("*"))))]
+    return [str(number) for number in range(sum(GPU.fullmatch(file.name) is not None for file in devices.glob("*")))]
 
 
 def make_slots(

@@ -76,17 +76,17 @@ def plan_sweep(file: str, words: Sequence[str], name: str | None = None, most: i
     count = math.prod(len(setting.values) for setting in varied)
     if most is not None and count > most:
         raise UserError(f"{count} runs are more than {most}: leave values out, or consent with --yes")
-    typed = {setting.key: setting.values[0] for setting in settings}
+    folders = [setting.words()[0] for setting in settings if setting.key == "run.dir"]
     common = [setting.words()[0] for setting in settings if len(setting.values) == 1 and setting.key != "run.dir"]
     combinations = list(itertools.product(*(setting.words() for setting in varied)))
 
-    base = _base(file, common, combinations[0])
+    base = _base(file, [*common, *folders], combinations[0])
     if not varied:
         raise UserError("nothing is varied: give a setting several values, optim.lr=0.5,1.0 or seed=0..4")
     name = name or f"{base.run.name}-sweep"
     if not re.fullmatch(r"[\w.+-]+", name):
         raise UserError(f"--name {name}: a name is made of letters, digits, '_', '.', '+' and '-'")
-    folder = Path(typed["run.dir"]) if "run.dir" in typed else Path(base.run.dir).parent / name
+    folder = Path(base.run.dir) if folders else Path(base.run.dir).parent / name
     short = _short_names([setting.key for setting in varied])
     elements = [_element(file, [*common, *own], varied, short, _Names(name, folder, base)) for own in combinations]
     _check_distinct(elements)

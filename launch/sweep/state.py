@@ -24,7 +24,8 @@ from distrib.config import Config, UserError
 from distrib.folder import RunFolder
 from distrib.follow import follow
 from distrib.layout import SPLITS, count_images
-from distrib.lease import writer_of
+from distrib.lease import NAME as WRITER
+from distrib.lease import disk_time, look
 from launch.sweep.plan import Element, settings_of
 
 FINISHED, DIVERGED, RUNNING, UNFINISHED, WAITING = "finished", "diverged", "running", "unfinished", "waiting"
@@ -100,10 +101,13 @@ def _images(config: Config) -> int | None:
 
 
 def _is_written(folder: Path) -> bool:
-    try:
-        return writer_of(folder) is not None
-    except OSError:  # read-only, say: the run itself tells whether it may write
+    """Whether somebody writes there; also where nobody can tell, as the run itself finds out whether it may."""
+    if not (folder / WRITER).exists():
         return False
+    with contextlib.suppress(OSError):
+        sight = look(folder, disk_time(folder))
+        return sight is not None and sight.alive is not False
+    return False
 
 
 def _shown(value: Any) -> str:
