@@ -14,6 +14,7 @@ from launch.command import TRAIN, USER_ERROR
 COMMANDS = {
     "local": "train on this machine, one process a GPU",
     "slurm": "train as a Slurm job",
+    "sweep": "train each combination of several values, and make one table",
 }
 
 
