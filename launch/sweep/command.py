@@ -15,7 +15,9 @@ from distrib.options import Parser, add_configuration, positive
 from distrib.surroundings import usable_cores
 from launch.command import FINISHED, STOPPED, TRAIN
 from launch.local import check_batch, check_data
+from launch.slurm.options import OF_PROFILE, add_options
 from launch.sweep import here, table
+from launch.sweep.array import SlurmArray
 from launch.sweep.here import say
 from launch.sweep.plan import MOST, Element, Sweep, plan_sweep
 from launch.sweep.state import DIVERGED, FAILED, RUNNING, UNFINISHED, WAITING, Found, look_at
@@ -55,12 +57,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--table", action="store_true", help="make the table of what is done, and train nothing")
     parser.add_argument("--dry-run", action="store_true", help="list the runs and their commands, and start nothing")
     parser.add_argument("--yes", action="store_true", help=f"consent to more than {MOST} runs")
-    parser.add_argument("--slurm", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--on-slurm", action="store_true", help="as one array of jobs; the options below go with it")
+    parser.add_argument("--at-most", type=positive, metavar="N", help="runs of the array at a time")
+    add_options(parser)
     if "--fresh" in argv:
         raise UserError("--fresh: a sweep's runs begin and go on as needed: leave it out, or give another --name")
     args = parser.parse_words(argv)
-    if args.slurm:
-        raise UserError("--slurm: a sweep runs on this machine only, so far: leave it out, or start it within a job")
+    if not args.on_slurm:
+        job = [flag for flag, *_ in OF_PROFILE] + ["--dependency", "--comment", "--slurm", "--srun", "--at-most"]
+        given = [flag for flag in job if getattr(args, flag[2:].replace("-", "_"))]
+        if given:
+            raise UserError(f"{given[0]} goes with --on-slurm: give that too, or leave it out")
     return args
 
 
@@ -71,25 +78,33 @@ def main(argv: Sequence[str], train: Path = TRAIN) -> int:
         UserError: a mistake that can be seen before anything starts.
     """
     args = parse(argv)
+    slurm = SlurmArray(args) if args.on_slurm else None
     sweep = plan_sweep(args.config, args.overrides, args.name, None if args.yes else MOST)
     found = look_at_all(sweep)
+    if slurm is not None:
+        found |= slurm.active(sweep.elements)
     # Each seed's runs before the next one's: a table of half a sweep has all its rows.
     seeds = list(dict.fromkeys(element.seed for element in sweep.elements))
     ordered = sorted(sweep.elements, key=lambda element: seeds.index(element.seed))
     todo = [element for element in ordered if found[element.name].state in (UNFINISHED, WAITING)]
+    procs = slurm.request.world if slurm is not None else args.procs
     if args.dry_run:
         for element in ordered:
-            command = shlex.join(here.command_of(sweep.file, element, args.procs, train))
+            command = shlex.join(here.command_of(sweep.file, element, procs, train))
             print(f"{found[element.name].state:<10} {element.name}\n{'':<10} {command}")
         return FINISHED
     if args.table:
         make_table(sweep, found)
         return FINISHED
 
-    check(todo, args.procs, train)
+    check(todo, procs, train, data=slurm is None or not slurm.request.profile.data_on_nodes)
     counts = Counter(one.state for one in found.values())
     say(f"{sweep.name}: {len(sweep.elements)} runs in {sweep.folder}: {table.count_states(counts)}")
     table.check_folder(sweep)
+    if slurm is not None:
+        slurm.submit(sweep, todo)
+        make_table(sweep, found)
+        return FINISHED
     code = FINISHED
     if todo:
         slots = here.make_slots(args.at_once, args.procs, os.environ, usable_cores(), here.visible_gpus(os.environ))
@@ -117,15 +132,15 @@ def look_at_all(sweep: Sweep) -> dict[str, Found]:
     return {element.name: look_at(element) for element in sweep.elements}
 
 
-def check(elements: Sequence[Element], procs: int, train: Path) -> None:
-    """Looks at what ``launch local`` would, at each distinct set of data once.
+def check(elements: Sequence[Element], procs: int, train: Path, data: bool = True) -> None:
+    """Looks at what ``launch local`` would, at each distinct set of data once; ``data``: whether it lies here.
 
     Raises:
         UserError: a batch is too small for the processes, the data is not there, or train.py is missing.
     """
     for element in elements:
         check_batch(element.config, procs)
-    for config in {(e.config.data, e.config.model.num_classes): e.config for e in elements}.values():
+    for config in {(e.config.data, e.config.model.num_classes): e.config for e in elements if data}.values():
         check_data(config, procs)
     if not train.is_file():
         raise UserError(f"{train} is missing: install distrib again, or restore it in the checkout")

@@ -26,6 +26,7 @@ from distrib.follow import follow
 from distrib.layout import SPLITS, count_images
 from distrib.lease import NAME as WRITER
 from distrib.lease import disk_time, look
+from launch.paths import located
 from launch.sweep.plan import Element, settings_of
 
 FINISHED, DIVERGED, RUNNING, UNFINISHED, WAITING = "finished", "diverged", "running", "unfinished", "waiting"
@@ -76,7 +77,8 @@ def differences(asked: Config, trained: Config) -> dict[str, tuple[Any, Any]]:
     What is auto in ``asked`` and does not follow from the configuration alone agrees with any value, and so does a
     variable that is not set here. A batch that is larger than the images are became as many as there are.
     """
-    before, now = settings_of(trained), settings_of(follow(asked))
+    # A job of Slurm's has absolute paths where a run on this machine has them as they were typed.
+    before, now = settings_of(located(trained)), settings_of(located(follow(asked)))
     changed = {
         key: (before.get(key), now.get(key))
         for key in sorted(before | now)
