@@ -15,6 +15,7 @@ from launch.command import TRAIN, USER_ERROR
 # Each is a module of this package with ``main(argv, train)``, which returns the exit code.
 COMMANDS = {
     "local": "train on this machine, one process a GPU",
+    "preflight": "look at the machines as training does before its first step",
 }
 
 
