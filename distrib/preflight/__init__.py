@@ -73,7 +73,8 @@ class Report:
         said = [f"{free_text(self.free)} free for the run"]
         if self.bus is not None:
             apart = max(abs(clock.skew) + clock.accuracy for clock in self.clocks)
-            alike = "alike" if not self.warnings else f"{len(self.warnings)} warnings, see above"
+            warned = len(self.warnings)
+            alike = f"{warned} warning{'s' * (warned > 1)}, see above" if warned else "alike"
             said = [alike, "all-reduce right", f"{self.bus:.3g} GB/s", f"clocks within {seconds_text(apart)}"]
         where = f"{count} rank{'s' * (count > 1)} on {self.nodes} node{'s' * (self.nodes > 1)}"
         return f"preflight: {where}: {', '.join(said)} ({self.seconds:.1f} s)"

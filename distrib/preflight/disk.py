@@ -64,9 +64,11 @@ def try_folder(runtime: Runtime, nodes: Sequence[Sequence[Rank]], folder: Path, 
             return Tried(error=reason(problem))
         return Tried(free=status.f_bavail * status.f_frsize)
 
-    def meet() -> None:
+    def meet() -> list[Tried]:
+        """What each node has met by now."""
         watch("a wait for the other ranks")
-        runtime.barrier()
+        by_rank = runtime.gather_objects(tried)
+        return [by_rank[first] for first in firsts]
 
     try:
         if mine == 0:  # first: the others would make the folder at the same time
@@ -74,14 +76,13 @@ def try_folder(runtime: Runtime, nodes: Sequence[Sequence[Rank]], folder: Path, 
         meet()
         if mine is not None and mine > 0:
             tried = write()
-        meet()
-        if mine is not None and not tried.error:
+        failed = any(node.error for node in meet())
+        if mine is not None and not failed:
             watch(f"reading in {shown(folder)}", alone=True)
             wanted = range(1, len(nodes)) if mine == 0 else range(1)
             unseen = _unseen({node: name(node) for node in wanted}, token)
             tried = replace(tried, unseen=tuple(unseen))
-        watch("a wait for the other ranks")
-        results = runtime.gather_objects(tried)
+        results = meet()
     finally:
         if mine is not None:
             with contextlib.suppress(OSError):
@@ -90,7 +91,7 @@ def try_folder(runtime: Runtime, nodes: Sequence[Sequence[Rank]], folder: Path, 
     for path in made:  # empty ones only: another start may use them by now
         with contextlib.suppress(OSError):
             path.rmdir()
-    return [results[first] for first in firsts]
+    return results
 
 
 def check(tried: Sequence[Tried], nodes: Sequence[Sequence[Rank]], folder: Path) -> list[Bad]:

@@ -8,7 +8,7 @@ often, with one that is fast: what was its neighbour's fault, or a moment's, doe
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import median_high
 
@@ -19,9 +19,11 @@ from distrib.preflight.sums import synchronize
 from distrib.preflight.watch import Watch
 from distrib.runtime import Runtime
 
-NUMBERS = {"cuda": 1 << 24, "cpu": 1 << 18}  # fp32 numbers each way: 64 MiB between GPUs, 1 MiB between CPUs
+NUMBERS = {"cuda": 1 << 24, "cpu": 1 << 20}  # fp32 numbers each way: 64 MiB between GPUs, 4 MiB between CPUs
 SLOW = 0.5  # of the median
-TRIES, MORE_TRIES, SECONDS_AGAIN = 3, 20, 2.0
+SPARED = {"cuda": 0.0, "cpu": 0.1}  # seconds: gloo's threads share the cores with other work
+TRIES, MORE_TRIES, SECONDS_AGAIN = 3, 200, 1.0
+MOST_ROUNDS = 4  # to measure slow links again: with one slow link one is enough
 FEWEST = 3  # nodes: of two, who is to say which one is slow
 
 Pair = tuple[int, int]  # of nodes
@@ -29,10 +31,15 @@ Pair = tuple[int, int]  # of nodes
 
 @dataclass
 class Links:
-    """What was measured between ``nodes`` nodes: GB/s (10^9 bytes) each way, of both ways at once, by pair."""
+    """What was measured between ``nodes`` nodes: GB/s (10^9 bytes) each way, of both ways at once, by pair.
+
+    So many ``bytes`` go each way; what is later than the median by ``spared`` seconds only is not slow.
+    """
 
     nodes: int
     speeds: dict[Pair, float] = field(default_factory=dict)
+    bytes: int = 0
+    spared: float = 0.0
 
     def by_node(self) -> list[float | None]:
         """The speed of each node's best link; None where there is one node."""
@@ -47,11 +54,16 @@ class Links:
         """Half of the nodes are so fast at least."""
         return median_high(speed or 0.0 for speed in self.by_node())
 
+    @property
+    def bound(self) -> float:
+        """What is less is slow; 0 where there are too few nodes to say."""
+        median = self.median if self.nodes >= FEWEST else 0.0
+        slower = median / (1 + self.spared * median * 1e9 / self.bytes) if self.bytes else median
+        return min(SLOW * median, slower)
+
     def slow(self) -> list[int]:
         """The nodes that are slow with all that they were measured with, slowest first."""
-        if self.nodes < FEWEST:
-            return []
-        bound, best = SLOW * self.median, [speed or 0.0 for speed in self.by_node()]
+        bound, best = self.bound, [speed or 0.0 for speed in self.by_node()]
         return sorted((node for node in range(self.nodes) if best[node] < bound), key=lambda node: best[node])
 
     def slow_nodes(self) -> list[tuple[int, str]]:
@@ -63,19 +75,21 @@ class Links:
         ]
 
     def slow_links(self) -> list[tuple[Pair, float]]:
-        """The slow links between nodes that are not slow; no node has two of them."""
-        slow, bound = set(self.slow()), SLOW * self.median
-        if self.nodes < FEWEST:
-            return []
+        """The slow links between nodes that are not slow."""
+        slow, bound = set(self.slow()), self.bound
         return [(pair, speed) for pair, speed in self.speeds.items() if speed < bound and not slow & set(pair)]
 
-    def again(self) -> list[list[Pair]]:
-        """What to measure again, in rounds of pairs that share no node: slow nodes with fast ones, then slow links."""
-        slow = self.slow()
-        best = self.by_node()
+    def doubtful(self) -> list[Pair]:
+        """Each slow node with a fast one of its own: at least half are fast."""
+        slow, best = self.slow(), self.by_node()
         fast = sorted((n for n in range(self.nodes) if n not in slow), key=lambda n: best[n] or 0.0, reverse=True)
-        rounds = [list(zip(slow, fast, strict=False)), [pair for pair, _ in self.slow_links()]]
-        return [pairs for pairs in rounds if pairs]
+        return list(zip(slow, fast, strict=False))
+
+    def note(self, speeds: dict[Pair, float]) -> None:
+        """Keeps the better of what is known and of ``speeds``, whichever way round the pairs are."""
+        for (a, b), speed in speeds.items():
+            known = (b, a) if (b, a) in self.speeds else (a, b)
+            self.speeds[known] = max(speed, self.speeds.get(known, 0.0))
 
 
 def ring(nodes: int) -> list[list[Pair]]:
@@ -86,17 +100,33 @@ def ring(nodes: int) -> list[list[Pair]]:
     return [pairs for pairs in rounds if pairs]
 
 
+def in_rounds(pairs: Iterable[Pair]) -> list[list[Pair]]:
+    """The same pairs, in rounds of pairs that share no node."""
+    rounds: list[list[Pair]] = []
+    for pair in pairs:
+        free = next((r for r in rounds if not any(set(pair) & set(other) for other in r)), None)
+        if free is None:
+            rounds.append(free := [])
+        free.append(pair)
+    return rounds
+
+
 def measure(runtime: Runtime, firsts: Sequence[int], watch: Watch) -> Links:
     """Measures between the first ranks of the nodes, ``firsts``; the same on all ranks, which all must call it."""
-    links = Links(len(firsts))
+    kind = runtime.device.type
+    links = Links(len(firsts), bytes=4 * NUMBERS[kind], spared=SPARED[kind])
+
+    def exchange(pairs: Sequence[Pair], tries: int) -> None:
+        links.note(_exchange(runtime, firsts, pairs, tries, watch))
+
     for pairs in ring(len(firsts)):
-        links.speeds |= _exchange(runtime, firsts, pairs, TRIES, watch)
-    for pairs in links.again():
-        seconds = max(4 * NUMBERS[runtime.device.type] / 1e9 / min(links.speeds.values()), 1e-9)
-        tries = max(TRIES, min(MORE_TRIES, int(SECONDS_AGAIN / seconds)))
-        for pair, speed in _exchange(runtime, firsts, pairs, tries, watch).items():
-            known = next((p for p in (pair, pair[::-1]) if p in links.speeds), pair)
-            links.speeds[known] = max(speed, links.speeds.get(known, 0.0))
+        exchange(pairs, TRIES)
+    # In a second all together, as the slowest was measured; a slow link is one only with nodes that are not.
+    more = max(TRIES, min(MORE_TRIES, int(SECONDS_AGAIN * min(links.speeds.values(), default=0.0) * 1e9 / links.bytes)))
+    if doubtful := links.doubtful():
+        exchange(doubtful, more)
+    for pairs in in_rounds(pair for pair, _ in links.slow_links())[:MOST_ROUNDS]:
+        exchange(pairs, more)
     return links
 
 
