@@ -247,7 +247,7 @@ def test_a_slow_link_between_fast_nodes(tmp_path: Path) -> None:
     ended = run_ranks(tmp_path, 4, {2: slow_with_1})
     assert ended.codes == [0] * 4, ended.said
     warning, line = ended.said[0]
-    assert re.match(r"preflight: the link between node1 and node2 carries [\d.]+ GB/s, half of the links", warning)
+    assert re.match(r"preflight: the link between node1 and node2 carries [\d.]+ GB/s, half of the nodes have", warning)
     assert "1 warning, see above" in line
     assert ended.bad_hosts == []
 
@@ -376,10 +376,11 @@ def test_training_does_not_begin_where_the_run_folder_is_not_shared(tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_it_is_left_out_on_request(tmp_path: Path) -> None:
-    done = two_nodes([tmp_path / "run"] * 2, *TRAIN, "launch.preflight=false")
-    assert [one.returncode for one in done] == [0, 0], done
-    assert "preflight:" not in done[0].stdout
+def test_one_process_may_ask_for_it(tmp_path: Path) -> None:
+    words = [word.format(folder=tmp_path / "run") for word in TRAIN]
+    (done,) = together([[*words, "launch.preflight=true"]], [{"CUDA_VISIBLE_DEVICES": ""}])
+    assert done.returncode == 0, done
+    assert re.match(r"preflight: 1 rank on 1 node: [\d.,]+ GiB free for the run \([\d.]+ s\)\n", done.stdout)
 
 
 @pytest.mark.parametrize(

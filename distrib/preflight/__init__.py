@@ -31,7 +31,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -42,7 +42,7 @@ from distrib.config import Auto
 from distrib.faults import Failure
 from distrib.preflight import disk, links, sums
 from distrib.preflight.clocks import LARGEST_SKEW, Clock, compare_clocks
-from distrib.preflight.facts import Bad, Rank, check_gpus, check_versions, differences, group, look
+from distrib.preflight.facts import Bad, Rank, check_gpus, check_versions, differences, group, host, look
 from distrib.preflight.watch import SECONDS, Watch
 from distrib.runtime import Runtime
 
@@ -70,7 +70,7 @@ class Report:
     def __str__(self) -> str:
         """One line."""
         count = len(self.ranks)
-        said = [f"{free_text(self.free)} free for the run"]
+        said = [f"{self.free / 2**30:,.1f} GiB free for the run"]
         if self.bus is not None:
             apart = max(abs(clock.skew) + clock.accuracy for clock in self.clocks)
             warned = len(self.warnings)
@@ -88,29 +88,29 @@ def is_wanted(asked: bool | Auto, runtime: Runtime) -> bool:
 def preflight(runtime: Runtime, folder: Path, notify: Callable[[str], None]) -> Report:
     """Looks at all nodes; all ranks must call it. Rank 0's ``notify`` hears the warnings and the last line.
 
-    It ends within 30 s, whatever happens. What it writes in ``folder`` is gone afterwards, the folder too where it was
-    not there before.
+    It ends within 30 s of the call, whatever happens. What it writes in ``folder`` is gone afterwards, the folder too
+    where it was not there before.
 
     Raises:
         UserError: versions differ, or ``folder`` is not one folder for all nodes that can be written.
         Failure: a machine is bad.
     """
-    me = look(runtime)
-    runtime.barrier()  # nobody's time begins before all are here
     began = time.monotonic()
+    here = host()
+    who = f"rank {runtime.rank} on {here}"
 
     def note(reason: str) -> None:
-        _note_hosts([Bad(me, reason)], notify)
+        _note_hosts({here: f"{who} {reason}"}, notify)
 
-    with Watch(str(me), SECONDS, note) as watch:
+    with Watch(who, SECONDS, note) as watch:
         try:
-            report = _look_at_all(runtime, me, folder, notify, watch, began)
+            report = _look_at_all(runtime, folder, notify, watch, began)
         except (torch.AcceleratorError, torch.OutOfMemoryError) as error:  # this rank's own device
             reason = f"has a GPU that fails in {watch.test}: {_first_line(error)}"
             note(reason)
-            raise Failure(f"preflight: {me} {reason}") from None
+            raise Failure(f"preflight: {who} {reason}") from None
         except RuntimeError as error:  # torch's kinds for connections and for NCCL are RuntimeErrors
-            raise Failure(f"preflight: {me} fails in {watch.test}: {_first_line(error)}") from None
+            raise Failure(f"preflight: {who} fails in {watch.test}: {_first_line(error)}") from None
     if runtime.is_main:
         for warning in report.warnings:
             notify(f"preflight: {warning}")
@@ -118,15 +118,15 @@ def preflight(runtime: Runtime, folder: Path, notify: Callable[[str], None]) -> 
     return report
 
 
-def _look_at_all(
-    runtime: Runtime, me: Rank, folder: Path, notify: Callable[[str], None], watch: Watch, began: float
-) -> Report:
+def _look_at_all(runtime: Runtime, folder: Path, notify: Callable[[str], None], watch: Watch, began: float) -> Report:
     def stop_at(bad: Sequence[Bad]) -> None:
         if bad:
             if runtime.is_main:
-                _note_hosts(bad, notify)
+                _note_hosts({one.rank.host: str(one) for one in reversed(bad)}, notify)
             _fail(bad)
 
+    watch("a look at the machine", alone=True)
+    me = look(runtime)
     watch("the exchange of versions")
     ranks = runtime.gather_objects(me)
     check_versions(ranks)
@@ -156,8 +156,8 @@ def _look_at_all(
         result = links.measure(runtime, [node[0].rank for node in nodes], watch)
         stop_at([Bad(nodes[node][0], reason) for node, reason in result.slow_nodes()])
         warnings += [
-            f"the link between {nodes[a][0].host} and {nodes[b][0].host} carries {speed:.3g} GB/s, half of the links "
-            f"{result.median:.3g} or more"
+            f"the link between {nodes[a][0].host} and {nodes[b][0].host} carries {speed:.3g} GB/s, half of the nodes "
+            f"have one of {result.median:.3g} or more"
             for (a, b), speed in result.slow_links()
         ]
         speeds = result.by_node()
@@ -180,13 +180,12 @@ def _fail(bad: Sequence[Bad]) -> NoReturn:
     raise Failure(f"preflight: {'; '.join(map(str, bad[:TOLD]))}{more}", everywhere=True)
 
 
-def _note_hosts(bad: Sequence[Bad], notify: Callable[[str], None]) -> None:
-    """Appends each bad host once, with its first reason, where a launcher asked for that."""
+def _note_hosts(reasons: Mapping[str, str], notify: Callable[[str], None]) -> None:
+    """Appends the bad hosts, by their names, where a launcher asked for that."""
     path = os.environ.get(BAD_HOSTS_FILE)
     if not path:
         return
-    first = {one.rank.host: one for one in reversed(bad)}
-    lines = "".join(f"{host} {' '.join(str(one).split())}\n" for host, one in reversed(first.items()))
+    lines = "".join(f"{name} {' '.join(reason.split())}\n" for name, reason in reasons.items())
     try:
         with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(lines)
@@ -195,20 +194,13 @@ def _note_hosts(bad: Sequence[Bad], notify: Callable[[str], None]) -> None:
             notify(f"preflight: cannot write to {path} ({BAD_HOSTS_FILE}): {error.strerror}")
 
 
-def free_text(size: int) -> str:
-    """Bytes for a person."""
-    return f"{size / 2**30:,.1f} GiB"
-
-
 def seconds_text(seconds: float) -> str:
     """A short time for a person, never rounded to none."""
-    return (
-        f"{seconds:.1f} s"
-        if seconds >= 1
-        else f"{max(seconds * 1e3, 0.1):.2g} ms"
-        if seconds < 0.01
-        else f"{seconds * 1e3:.0f} ms"
-    )
+    if seconds >= 1:
+        return f"{seconds:.1f} s"
+    if seconds >= 0.01:
+        return f"{seconds * 1e3:.0f} ms"
+    return f"{max(seconds * 1e3, 0.1):.2g} ms"
 
 
 def _first_line(error: BaseException) -> str:
