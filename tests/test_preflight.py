@@ -354,7 +354,8 @@ def together(
     return [subprocess.CompletedProcess(p.args, p.returncode, *s) for p, s in zip(processes, said, strict=True)]
 
 
-TRAIN = ("train.py", *runs.SMALL, "train.steps=1", "run.dir={folder}")
+SYNTHETIC = ("data.loader=synthetic", "data.synthetic.train=60", "data.synthetic.val=10", "model.num_classes=10")
+TRAIN = ("train.py", *runs.SMALL, *SYNTHETIC, "train.steps=1", "run.dir={folder}")
 
 
 def test_training_begins_with_it_on_two_nodes(tmp_path: Path) -> None:
