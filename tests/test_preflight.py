@@ -377,6 +377,17 @@ def test_training_does_not_begin_where_the_run_folder_is_not_shared(tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_training_does_not_begin_on_a_bad_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DISTRIB_BAD_HOSTS_FILE", str(tmp_path / "hosts"))
+    done = two_nodes([tmp_path / "run", tmp_path / "file/run"], *TRAIN)
+    assert [one.returncode for one in done] == [1, 1], done
+    line = f"rank 1 on node1 cannot write to {tmp_path}/run: Not a directory\n"
+    assert [one.stderr for one in done] == [f"error: preflight: {line}", ""]
+    assert (tmp_path / "hosts").read_text() == f"node1 {line}"
+    assert not (tmp_path / "run").exists()
+
+
 def test_one_process_may_ask_for_it(tmp_path: Path) -> None:
     words = [word.format(folder=tmp_path / "run") for word in TRAIN]
     (done,) = together([[*words, "launch.preflight=true"]], [{"CUDA_VISIBLE_DEVICES": ""}])

@@ -164,7 +164,8 @@ def _ranks(firsts: Sequence[int], pairs: Sequence[Pair]) -> list[Pair]:
 def transfer(ours: torch.Tensor, theirs: torch.Tensor, peer: int) -> None:
     """Sends ``ours`` to rank ``peer`` while ``theirs`` comes from it.
 
-    As one batch it goes over the communicator that the all-reduce has made: NCCL makes none for the pair.
+    As one batch it goes over the communicator that the all-reduce has made: NCCL makes none for the pair. Two of all
+    ranks may do that only after a collective of all (torch's page on ``batch_isend_irecv``).
     """
     both = [dist.P2POp(dist.isend, ours, peer), dist.P2POp(dist.irecv, theirs, peer)]
     for work in dist.batch_isend_irecv(both):
