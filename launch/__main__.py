@@ -15,6 +15,7 @@ COMMANDS = {
     "local": "train on this machine, one process a GPU",
     "slurm": "train as a Slurm job",
     "sweep": "train each combination of several values, and make one table",
+    "preflight": "look at the machines as training does before its first step",
 }
 
 

@@ -21,6 +21,7 @@ LAYERS = (
         "distrib.folder",
         "distrib.log",
         "distrib.metrics",
+        "distrib.preflight",
         "distrib.weights",
         "distrib.words",
     ),
