@@ -14,6 +14,8 @@ from launch.command import FAILED, TRAIN, USER_ERROR
 COMMANDS = {
     "local": "train on this machine, one process a GPU",
     "slurm": "train as a Slurm job",
+    "sweep": "train each combination of several values, and make one table",
+    "preflight": "look at the machines as training does before its first step",
     "list": "the runs below a folder, and how they are",
     "status": "all that is known of one run",
     "logs": "what a rank of a job prints; -f follows it",

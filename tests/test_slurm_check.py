@@ -89,7 +89,7 @@ def test_a_job_of_the_run_is_there(squeue: str, free: bool, tmp_path: Path, monk
     record.add("submitted", {"job": "12"})
     monkeypatch.setattr("launch.slurm.check.ask", lambda *words: f"{squeue}\n")
     if free:
-        check_alone([record])
+        check_alone(record)
     else:
         with pytest.raises(UserError, match=r"job 12 of .*/run is \w+ already: `python -m launch stop .*` stops it"):
-            check_alone([record])
+            check_alone(record)

@@ -178,8 +178,9 @@ class Submission:
         return cpus if profile.tasks == "node" else max(1, cpus // self.request.procs)
 
     def _mounts(self) -> list[str]:
-        folders = [self.folder, self.code, *(element.record.run for element in self.elements)]
-        return sorted({str(path) for path in folders})
+        folders = {self.folder.parent.parent, self.code, *(element.record.run for element in self.elements)}
+        inner = {path for path in folders if any(other in folders for other in path.parents)}
+        return sorted(str(path) for path in folders - inner)
 
     def _executor(self) -> SlurmExecutor:
         profile = self.request.profile
