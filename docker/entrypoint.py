@@ -1,0 +1,91 @@
+"""The image's first program: finds what the words of ``docker run`` mean, and becomes it.
+
+    train.py …              what is a file of Python's is run by Python
+    distrib …, bash …       any program
+    train …, evaluate …     what is no program is a command of distrib
+    torchrun …              torchrun, with the exit code of the run
+
+torchrun itself says 1, whatever its workers ended with. Here the code is made of what this node's workers report: 75 when
+all of them were stopped and have saved, 2 when the user has something to mend. ``DISTRIB_EXIT_CODES=75:143`` says 143 for
+75, to an orchestrator that starts again only from 128 on.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from launch import agent
+from launch.command import EXIT_CODE_FILE, SIGNALS, USER_ERROR, judge, read_reports
+
+HOME = "/home/distrib"  # takes files from every user
+
+
+def resolve(words: Sequence[str]) -> list[str]:
+    """The program that ``words`` mean, and its words. Not for torchrun."""
+    if not words:
+        return ["distrib", "--help"]
+    if words[0].endswith(".py"):
+        return [sys.executable, *words]
+    return list(words) if shutil.which(words[0]) else ["distrib", *words]
+
+
+def torchrun(words: Sequence[str]) -> int:
+    """Runs torchrun with ``words`` in this process; returns the run's exit code, as this node's workers tell it.
+
+    It takes torchrun's variables (``PET_NNODES`` and the like), which Kubeflow sets, as torchrun does.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing has begun: no KeyboardInterrupt's traceback
+    from torch.distributed.run import determine_local_world_size, parse_args
+
+    words = [f"--signals-to-handle={','.join((*SIGNALS, 'SIGHUP'))}", *words]
+    try:
+        procs = determine_local_world_size(parse_args(words).nproc_per_node)
+    except ValueError as error:  # "gpu" where there is none
+        print(f"error: torchrun --nproc-per-node: {error}", file=sys.stderr)
+        return USER_ERROR
+    with tempfile.TemporaryDirectory(prefix="distrib-torchrun-") as folder:
+        file = Path(folder, "exit-codes")
+        os.environ[EXIT_CODE_FILE] = str(file)
+        returncode = agent.main(words)
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []
+    # The last of each worker: where torchrun started them again, the ranks of this node may have changed.
+    outcome = judge(returncode, read_reports("\n".join(lines[-procs:])), procs)
+    if outcome.message:
+        print(outcome.message, file=sys.stderr)
+    return outcome.code
+
+
+def translate(code: int, environ: Mapping[str, str]) -> int:
+    """What ``DISTRIB_EXIT_CODES`` says for ``code``: pairs of numbers, with commas; otherwise ``code`` itself.
+
+    Raises:
+        SystemExit: it is of another form.
+    """
+    text = environ.get("DISTRIB_EXIT_CODES", "")
+    try:
+        pairs = dict(tuple(map(int, pair.split(":"))) for pair in text.split(",") if pair.strip())
+    except ValueError:
+        print(f"error: DISTRIB_EXIT_CODES is {text!r}: write it as 75:143", file=sys.stderr)
+        sys.exit(USER_ERROR)
+    return pairs.get(code, code)
+
+
+def main(words: Sequence[str]) -> int:
+    """Becomes the program that is meant; returns only from torchrun."""
+    if not os.access(os.environ.get("HOME", ""), os.W_OK):  # "/" for a user that the image does not know
+        os.environ["HOME"] = HOME
+    if words[:1] == ["torchrun"]:
+        translate(0, os.environ)  # a mistake in it is told before hours have gone by
+        return translate(torchrun(words[1:]), os.environ)
+    program = resolve(words)
+    os.execvp(program[0], program)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
