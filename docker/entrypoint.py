@@ -44,8 +44,12 @@ def torchrun(words: Sequence[str]) -> int:
     from torch.distributed.run import determine_local_world_size, parse_args
 
     words = [f"--signals-to-handle={','.join((*SIGNALS, 'SIGHUP'))}", *words]
+    asked = parse_args(words)
+    if asked.standalone or asked.nnodes in ("1", "1:1"):
+        # Else the workers meet at the container's own name, which not every runtime lets it resolve.
+        words.insert(0, "--local-addr=localhost")
     try:
-        procs = determine_local_world_size(parse_args(words).nproc_per_node)
+        procs = determine_local_world_size(asked.nproc_per_node)
     except ValueError as error:  # "gpu" where there is none
         print(f"error: torchrun --nproc-per-node: {error}", file=sys.stderr)
         return USER_ERROR
