@@ -5,9 +5,9 @@
     train …, evaluate …     what is no program is a command of distrib
     torchrun …              torchrun, with the exit code of the run
 
-torchrun itself says 1, whatever its workers ended with. Here the code is made of what this node's workers report: 75 when
-all of them were stopped and have saved, 2 when the user has something to mend. ``DISTRIB_EXIT_CODES=75:143`` says 143 for
-75, to an orchestrator that starts again only from 128 on.
+torchrun itself says 1, whatever its workers ended with. Here the code is made of what this node's workers report: 75
+when all of them were stopped and have saved, 2 when the user has something to mend. ``DISTRIB_EXIT_CODES=75:143`` says
+143 for 75, to an orchestrator that starts again only from 128 on.
 """
 
 from __future__ import annotations
@@ -81,14 +81,14 @@ def translate(code: int, environ: Mapping[str, str]) -> int:
 
 
 def main(words: Sequence[str]) -> int:
-    """Becomes the program that is meant; returns only from torchrun."""
+    """Becomes the program that is meant; torchrun alone is run here, and returns its exit code."""
     if not os.access(os.environ.get("HOME", ""), os.W_OK):  # "/" for a user that the image does not know
         os.environ["HOME"] = HOME
-    if words[:1] == ["torchrun"]:
-        translate(0, os.environ)  # a mistake in it is told before hours have gone by
-        return translate(torchrun(words[1:]), os.environ)
-    program = resolve(words)
-    os.execvp(program[0], program)
+    if words[:1] != ["torchrun"]:
+        program = resolve(words)
+        os.execvp(program[0], program)
+    translate(0, os.environ)  # a mistake in it is told before hours have gone by
+    return translate(torchrun(words[1:]), os.environ)
 
 
 if __name__ == "__main__":

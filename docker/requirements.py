@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 import sys
-import tomllib
 from collections.abc import Collection
 from pathlib import Path
+
+import tomllib
 
 
 def requirements(project: dict, extras: Collection[str], provided: Collection[str] = ()) -> list[str]:

@@ -21,7 +21,11 @@ from typing import Any
 import yaml
 
 HERE = Path(__file__).resolve().parent
-KUBEFLOW = {"TrainingRuntime": "kubeflow-trainer-api", "TrainJob": "kubeflow-trainer-api", "PyTorchJob": "kubeflow-training"}
+KUBEFLOW = {
+    "TrainingRuntime": "kubeflow-trainer-api",
+    "TrainJob": "kubeflow-trainer-api",
+    "PyTorchJob": "kubeflow-training",
+}
 Object = dict[str, Any]
 
 
