@@ -8,7 +8,7 @@
 # The build takes root, buildah and debootstrap (apt-get install buildah debootstrap), no Docker. It is shortened: on a
 # base that debootstrap makes of this machine's own release (or BASE=IMAGE), without torch, torchvision and DALI, which are
 # 6 GB. All else in the Dockerfile is done. Nothing stays: BUILD_IN=FOLDER says where it is done, by default below /tmp.
-set -euo pipefail
+set -eEuo pipefail
 cd "$(dirname "$0")/.."
 mode=${1:-}
 case $mode in '' | --all | --lint) ;; *) echo "error: docker/check.sh takes --all or --lint, not $mode" >&2; exit 2 ;; esac
@@ -25,6 +25,7 @@ clean() {
   rm -rf "$work"
 }
 trap clean EXIT
+trap 'echo "error: line $LINENO of docker/check.sh does not hold: $BASH_COMMAND" >&2' ERR
 miss() {
   echo "not done: $*"
   missed=yes
@@ -79,18 +80,28 @@ build() {
     || { tail -n 40 "$work/build.log"; return 1; }
 }
 
+enter() { # as docker run does: the entrypoint and the words
+  buildah run --isolation chroot "$container" -- tini -s -- python /opt/entrypoint.py "$@"
+}
+
+says() { # whether a line of what the words print is of this pattern
+  local pattern=$1 said
+  shift
+  said=$(enter "$@") # not through a pipe, which grep would close while buildah writes
+  grep --quiet -e "$pattern" <<< "$said"
+}
+
 look() {
   echo "== what the image does"
-  local container enter label health words code
+  local label health words code
   container=$(buildah from localhost/distrib:check)
-  enter=(buildah run --isolation chroot "$container" -- tini -s -- python /opt/entrypoint.py)
-  [ "$("${enter[@]}" id -u)" = 10001 ]
-  "${enter[@]}" | grep --quiet '^usage: distrib COMMAND'
-  "${enter[@]}" train.py --print-config optim.lr=0.5 | grep --quiet 'lr: 0.5'
-  "${enter[@]}" launch local --procs 2 --dry-run --config configs/quickstart.yaml | grep --quiet -- --nproc-per-node=2
+  says '^10001$' id -u
+  says '^usage: distrib COMMAND'
+  says 'lr: 0.5' train.py --print-config optim.lr=0.5
+  says '--nproc-per-node=2' launch local --procs 2 --dry-run --config configs/quickstart.yaml
   for words in 'exit 75' 'exit 2' 'kill -TERM $$'; do
     code=0
-    "${enter[@]}" sh -c "$words" > /dev/null 2>&1 || code=$?
+    enter sh -c "$words" > /dev/null 2>&1 || code=$?
     echo "sh -c '$words' ends with $code"
     case $words in 'exit 75') [ $code = 75 ] ;; 'exit 2') [ $code = 2 ] ;; *) [ $code = 143 ] ;; esac
   done
@@ -101,10 +112,11 @@ look() {
   # shellcheck disable=SC2086
   buildah run --isolation chroot "$container" -- ${health#CMD } > /dev/null
   echo "the health check (${health#CMD }) passes"
+  # shellcheck disable=SC2016
   # Another user than the image's has a home and may write where runs go.
   buildah run --isolation chroot --user 1234:1234 "$container" -- env HOME=/ tini -s -- python /opt/entrypoint.py \
     sh -c 'touch "$HOME/.cache/a" /workspace/runs/b'
-  "${enter[@]}" python - "$(cat constraints.txt)" <<'PY'
+  enter python - "$(cat constraints.txt)" <<'PY'
 import sys
 from importlib.metadata import distributions
 

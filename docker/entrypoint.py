@@ -82,8 +82,8 @@ def translate(code: int, environ: Mapping[str, str]) -> int:
 
 def main(words: Sequence[str]) -> int:
     """Becomes the program that is meant; torchrun alone is run here, and returns its exit code."""
-    if not os.access(os.environ.get("HOME", ""), os.W_OK):  # "/" for a user that the image does not know
-        os.environ["HOME"] = HOME
+    if os.access(HOME, os.W_OK) and not os.access(os.environ.get("HOME", ""), os.W_OK):
+        os.environ["HOME"] = HOME  # it is "/" for a user that the image does not know
     if words[:1] != ["torchrun"]:
         program = resolve(words)
         os.execvp(program[0], program)
