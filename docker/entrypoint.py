@@ -6,7 +6,7 @@
     torchrun …              torchrun, with the exit code of the run
 
 torchrun itself says 1, whatever its workers ended with. Here the code is made of what this node's workers report: 75
-when all of them were stopped and have saved, 2 when the user has something to mend. ``DISTRIB_EXIT_CODES=75:143`` says
+when they were stopped and have saved, 2 when the user has something to mend. ``DISTRIB_EXIT_CODES=75:143`` says
 143 for 75, to an orchestrator that starts again only from 128 on.
 """
 
@@ -17,13 +17,15 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 
 from launch import agent
-from launch.command import EXIT_CODE_FILE, SIGNALS, USER_ERROR, judge, read_reports
+from launch.command import EXIT_CODE_FILE, FINISHED, SIGNALS, STOPPED, USER_ERROR, judge, read_reports
 
 HOME = "/home/distrib"  # takes files from every user
+STOP = (*SIGNALS, "SIGHUP")
 
 
 def resolve(words: Sequence[str]) -> list[str]:
@@ -43,7 +45,7 @@ def torchrun(words: Sequence[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing has begun: no KeyboardInterrupt's traceback
     from torch.distributed.run import determine_local_world_size, parse_args
 
-    words = [f"--signals-to-handle={','.join((*SIGNALS, 'SIGHUP'))}", *words]
+    words = [f"--signals-to-handle={','.join(STOP)}", *words]
     asked = parse_args(words)
     if asked.standalone or asked.nnodes in ("1", "1:1"):
         # Else the workers meet at the container's own name, which not every runtime lets it resolve.
@@ -56,13 +58,42 @@ def torchrun(words: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="distrib-torchrun-") as folder:
         file = Path(folder, "exit-codes")
         os.environ[EXIT_CODE_FILE] = str(file)
-        returncode = agent.main(words)
+        returncode, asked_to_stop = watch(lambda: agent.main(words))
         lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []
     # The last of each worker: where torchrun started them again, the ranks of this node may have changed.
-    outcome = judge(returncode, read_reports("\n".join(lines[-procs:])), procs)
+    reports = read_reports("\n".join(lines[-procs:]))
+    if returncode != FINISHED and asked_to_stop and {report.code for report in reports.values()} <= {FINISHED, STOPPED}:
+        return STOPPED  # perhaps while this node waited for others, or before a worker listened: nothing had begun
+    outcome = judge(returncode, reports, procs)
     if outcome.message:
         print(outcome.message, file=sys.stderr)
     return outcome.code
+
+
+def watch(run: Callable[[], int]) -> tuple[int, bool]:
+    """What torchrun's ``run`` returns, and whether it was asked to stop meanwhile.
+
+    torchrun handles signals only once it has workers; until then ours ends it as its own would.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SignalException("asked to stop", signal.Signals(number))
+
+    for name in STOP:
+        signal.signal(signal.Signals[name], end)
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    os.set_blocking(writer, False)
+    # Python writes the number of each signal to it for which there is a handler.
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    try:
+        code = run()
+    finally:
+        signal.set_wakeup_fd(-1)
+        os.close(writer)
+    with open(reader, "rb") as pipe:
+        return code, bool(pipe.read())
 
 
 def translate(code: int, environ: Mapping[str, str]) -> int:

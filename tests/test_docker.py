@@ -167,9 +167,9 @@ def test_versions() -> None:
 
 def test_the_image_is_not_root_and_keeps_its_entrypoint() -> None:
     made = dict(instructions()[-6:])
-    assert made["USER"] == "${UID}:${UID}"
-    assert argument("UID").isdecimal()
-    assert argument("UID") != "0"
+    assert made["USER"] == "${USER_ID}:${USER_ID}"
+    assert argument("USER_ID").isdecimal()
+    assert argument("USER_ID") != "0"
     assert made["ENTRYPOINT"] == '["tini", "-s", "--", "python", "/opt/entrypoint.py"]'
     assert "HEALTHCHECK" in made
     for name in JOBS:
@@ -254,7 +254,7 @@ def test_data_is_read_only_and_memory_is_shared() -> None:
         volumes = {volume["name"]: volume for volume in pod["spec"]["volumes"]}
         assert volumes[mounts["/dev/shm"]["name"]]["emptyDir"]["medium"] == "Memory"
         assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
-        assert str(pod["spec"]["securityContext"]["runAsUser"]) == argument("UID")
+        assert str(pod["spec"]["securityContext"]["runAsUser"]) == argument("USER_ID")
     service = yaml.safe_load(COMPOSE)["services"]["train"]
     assert {volume["target"]: volume.get("read_only", False) for volume in service["volumes"]} == {
         "/data": True,
@@ -500,6 +500,20 @@ def test_two_nodes(tmp_path: Path) -> None:
     first.process.send_signal(signal.SIGTERM)
     assert first.end()[0] == STOPPED
     assert second.end()[0] == 143
+
+
+def test_a_node_that_waits_is_stopped(tmp_path: Path) -> None:
+    """Alone in the rendezvous nothing has begun: that is no failure."""
+    rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--local-addr=localhost"]
+    node = Node(tmp_path, "wait", *rendezvous, PET_NNODES="2", LOGLEVEL="INFO")
+    assert node.process.stdout is not None
+    for line in node.process.stdout:
+        if "Rendezvous'ing worker group" in line:
+            break
+    time.sleep(0.5)  # into the waiting
+    node.process.send_signal(signal.SIGTERM)
+    assert node.end()[0] == STOPPED
+    assert not list(tmp_path.glob("ready*"))
 
 
 def test_a_mistake_of_the_user(tmp_path: Path) -> None:
