@@ -570,7 +570,7 @@ def test_wandb_hears_of_a_stop_that_goes_on_later(code, marked, tmp_path):
 
 @pytest.mark.parametrize("way", ["older", "raises"])
 def test_wandb_that_cannot_be_told_of_a_stop_ends_as_ever(way, tmp_path):
-    body = f'''
+    body = f"""
         from wandb.sdk.wandb_run import Run
         def fail(run):
             raise RuntimeError("no service")
@@ -583,7 +583,7 @@ def test_wandb_that_cannot_be_told_of_a_stop_ends_as_ever(way, tmp_path):
         else:
             Run.mark_preempting = fail
         timed("close", 20, lambda: sink.close(75))
-        '''
+        """
     assert run_wandb(tmp_path, body)[0] == []
     assert history(tmp_path) == [[1]]
     (records,) = stored(tmp_path)

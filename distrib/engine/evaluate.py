@@ -60,7 +60,7 @@ class Evaluator:
     ) -> dict[str, float] | None:
         """Returns top1 and top5 in percent, loss and images, and the same for the EMA as ema_…; None if stopped.
 
-        All ranks count the busiest rank's rounds, to agree along the way on whether somebody asked to stop; ``progress``
+        All ranks count the busiest rank's rounds, to agree meanwhile on whether somebody asked to stop; ``progress``
         hears how many of them are done. A short batch is filled up: one shape for the compiler, and the arithmetic of a
         sample never depends on the world size.
         """
