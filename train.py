@@ -214,7 +214,7 @@ class Run:
         self.save()
 
     def save(self) -> None:
-        """Begins a save. All ranks must call it: their batch-norm statistics are gathered."""
+        """Begins a save. All ranks must call it: their batch-norm statistics are averaged, and gathered on rank 0."""
         state = self.state.capture()
         if self.checkpointer is not None:
             config = self.config.model_dump(mode="json")
@@ -387,6 +387,8 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
     ema = Ema(network, config.ema) if config.ema else None
     state = TrainState(network, optimizer, scaler, ema, runtime)
     schedule = build_schedule(config.schedule, lr, plan.steps_per_epoch, total_steps)
+    if not state.continues_exactly:
+        log.message(words.mean_alone(runtime.world))
     if found is not None:
         newest, saved = found
         state.restore(saved)

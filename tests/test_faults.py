@@ -119,20 +119,7 @@ def test_a_save_that_is_due_is_made_once(ranks: list[dict[str, Any]]) -> None:
 
 @pytest.fixture
 def seldom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """train.py as on a large world."""
-    program = tmp_path / "seldom.py"
-    program.write_text(
-        "import runpy, sys\nimport distrib.faults as faults\nfaults.exchange_interval = lambda world: 4\n"
-        f"sys.argv[0] = {str(runs.ROOT / 'train.py')!r}\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
-    )
-    ordinary = runs.command
-
-    def command(procs: int, *words: str) -> list[str]:
-        replaced = {str(runs.ROOT / "train.py"): str(program)}
-        return [replaced.get(word, word) for word in ordinary(procs, *words)]
-
-    monkeypatch.setattr(runs, "command", command)
-    monkeypatch.setenv("PYTHONPATH", str(runs.ROOT))
+    runs.change(tmp_path, monkeypatch, "import distrib.faults as f; f.exchange_interval = lambda world: 4")
 
 
 @pytest.mark.usefixtures("seldom")
