@@ -5,8 +5,8 @@ step, at every k-th (``distrib.faults.exchange_interval`` of the world asked abo
 share this machine's cores: with more ranks than cores, theirs is the wait for a core, not for a network.
 
 The model: gloo's all-reduce is a ring of 2 · (ranks - 1) messages, one after the other, whose time is fitted to the
-all-reduces measured. An exchange costs its step what posting it and looking at the last one took here, and the rest of
-an all-reduce that k steps are too short for.
+all-reduces measured. An exchange costs its step what the call itself takes the processor, and the rest of an all-reduce
+that k steps are too short for.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ def run(args: argparse.Namespace) -> None:
             for way in ways:
                 report.add(f"step{way}: {world} ranks", "ms", 1e3 * each["steps"][way])
                 report.add(f"lost to it{way}: {world} ranks", "µs a step", 1e6 * each["lost"][way])
+                report.add(f"processor's time in it{way}: {world} ranks", "µs a step", 1e6 * each["own"][way])
         report.save()
     step, most = args.step / 1e3, max(args.ranks)
     for k in range(args.rounds):
@@ -74,14 +75,14 @@ def run(args: argparse.Namespace) -> None:
         report.add("fit: a message of the ring", "µs", 1e6 * message)
         report.add(f"model: all-reduce, {args.at} ranks", "ms", 1e3 * ring)
         for way, calls in ways.items():
-            own = found[most][k]["lost"][way] * calls  # of one exchange
+            own = found[most][k]["own"][way] * calls  # of one exchange
             name = f"model: step{way}, {args.at} ranks, lost to it"
             report.add(name, "%", 100 * share(own, ring, calls, step), SHARE if calls == every else None)
     low, high = ring_seconds(args.at)
     report.notes += [
         f"a step is {args.step} ms of sleep and the exchange; what is lost to it is the time in the call, posting and "
-        "waiting for the last one, on average over the ranks",
-        f"the ranks share this machine's cores; over a network distrib.faults assumes {1e3 * low:.0f} to "
+        "waiting for the last one, on average over the ranks; some of it is a wait for a core that others use",
+        f"over a network distrib.faults assumes {1e3 * low:.0f} to "
         f"{1e3 * high:.0f} ms for an all-reduce of {args.at} ranks, which were not to be had",
         "the model knows nothing of ranks that are late, for which the gradients wait too",
     ]
@@ -101,7 +102,7 @@ def share(own: float, ring: float, calls: int, step: float) -> float:
 
 
 def on_ranks(world: int, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One dict a round, seconds on average over the ranks: "bare", "alone", and by way "steps" and "lost".
+    """One dict a round, seconds on average over the ranks: "bare", "alone", and by way "steps", "lost", "own".
 
     Raises:
         RuntimeError: a rank failed.
@@ -147,23 +148,24 @@ def _round(group: Any, steps: int, step: float, ways: Mapping[str, int]) -> dict
     began = time.perf_counter()
     for _ in range(BARE):
         dist.all_reduce(flags, group=group)
-    found: dict[str, Any] = {"bare": (time.perf_counter() - began) / BARE, "steps": {}, "lost": {}}
+    found: dict[str, Any] = {"bare": (time.perf_counter() - began) / BARE, "steps": {}, "lost": {}, "own": {}}
     for way, every in [(None, 0), *ways.items()]:
         agreement = Agreement(group, every) if way is not None else None
         dist.barrier(group=group)
-        lost, began = 0.0, time.perf_counter()
+        lost, own, began = 0.0, 0.0, time.perf_counter()
         for _ in range(steps):
             time.sleep(step)
             if agreement is not None:
-                called = time.perf_counter()
+                called, worked = time.perf_counter(), time.thread_time()
                 agreement.exchange(stop=False)
+                own += time.thread_time() - worked
                 lost += time.perf_counter() - called
         took = (time.perf_counter() - began) / steps
         if agreement is None:
             found["alone"] = took
         else:
             agreement.close()
-            found["steps"][way], found["lost"][way] = took, lost / steps
+            found["steps"][way], found["lost"][way], found["own"][way] = took, lost / steps, own / steps
     return found
 
 
