@@ -129,7 +129,7 @@ class Agreement:
         import torch
 
         self._group = group
-        self._every = every or exchange_interval(1 if group is None else group.size())
+        self.every = every or exchange_interval(1 if group is None else group.size())
         self._calls = 0
         self._stop = False
         # Once in a step Python's and torch's code is cold in the caches: a new tensor took 200 µs of the call's 420,
@@ -149,7 +149,7 @@ class Agreement:
         if self._group is None:
             return stop, save
         self._stop = self._stop or stop
-        due, self._calls = self._calls % self._every == 0, self._calls + 1
+        due, self._calls = self._calls % self.every == 0, self._calls + 1
         if not due:
             return False, False
         self.close()
