@@ -103,7 +103,7 @@ def _cost(cost: dict[str, Any]) -> list[str]:
     moved = {name: _size(save[f"{name}_bytes"]) for name in ("summed", "gathered", "copied")}
     return [
         f"by a model, with steps of {step} and a disk that takes {write} (both assumed):",
-        f"  an exchange takes {ring} ms beside {exchange['every']} × {step} of steps, of which each waits for {lost} %; "
+        f"  an exchange takes {ring} ms beside {exchange['every']} × {step} of steps, which lose {lost} % to it; "
         "what the call itself takes, distrib bench exchange measures",
         f"  a step reduces {_size(cost['step']['reduced_bytes'])} of gradients",
         f"  a save sums {moved['summed']} over the ranks, gathers {moved['gathered']} on rank 0, copies "
