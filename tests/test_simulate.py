@@ -274,3 +274,18 @@ def test_as_the_launcher_calls_it(tmp_path: Path) -> None:
     assert found["place"]["local_rank"] == 1
     assert "--rdzv-id=paper" in found["rendezvous"]["torchrun"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_compiler_is_not_imported_and_comes_where_it_is_asked_for() -> None:
+    """It would be most of the time that a simulation takes."""
+    program = (
+        "import sys\nfrom distrib.tools.simulate.__main__ import main\n"
+        f"code = main(['--world', '12', '--local-world', '4', *{SMALL!r}])\n"
+        "assert code == 0 and not {'sympy', 'torch._dynamo'} & set(sys.modules), code\n"
+        "import torch\nassert torch._dynamo.utils.get_optimize_ddp_mode() == 'ddp_optimizer'\n"
+        "assert main(['--world', '2', *sys.argv[1:]]) == 0\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(runs.ROOT)}
+    command = [sys.executable, "-c", program, *SMALL]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from distrib import words
-from distrib.config import Config, TrainConfig, UserError, settled
+from distrib.config import Config, UserError, settled
 from distrib.data import EvalPlan, TrainPlan, make_plans, open_data
 from distrib.data.order import Slice
 from distrib.engine.prepare import DTYPES, Objective, check_batch_norm, wrap
@@ -57,12 +59,14 @@ def simulate(asked: Config, place: Place, assumed: Assumed) -> dict[str, Any]:
     if config.optim.freeze is not None:
         freeze(network, config.optim.freeze)
     check_batch_norm(network, plan.smallest_slice, config.data.size)
-    sizes = measure(network, config, place.world)
+    sizes, state = measure(network, config, place.world), network.state_dict()
     with _fake_group(place) as runtime:
         every = Agreement(runtime.control).every
-        network = network.to_empty(device="cpu")  # memory that nobody writes to
+        # Memory that nobody writes to. Module.to_empty does it too, and imports 2 s worth of symbols.
+        network.load_state_dict({k: torch.empty(t.shape, dtype=t.dtype) for k, t in state.items()}, assign=True)
         objective = Objective(network, config.data.mean, config.data.std, DTYPES[config.train.precision])
-        _, ddp = wrap(objective, _uncompiled(config.train), runtime)
+        with _compiler_not_asked():
+            _, ddp = wrap(objective, config.train.model_copy(update={"compile": False}), runtime)
         reduced = sum(p.numel() * p.element_size() for p in (ddp or objective).parameters() if p.requires_grad)
     lr = peak_lr(config.optim, plan.global_batch)
     gpu = replace(runtime, device=torch.device("cuda"))
@@ -134,8 +138,22 @@ def _fake_group(place: Place) -> Iterator[Runtime]:
             dist.destroy_process_group()
 
 
-def _uncompiled(cfg: TrainConfig) -> TrainConfig:
-    return cfg.model_copy(update={"compile": False})
+@contextlib.contextmanager
+def _compiler_not_asked() -> Iterator[None]:
+    """Answers the one question that DDP has for torch's compiler as it is made: importing that takes 2 s.
+
+    Whether the compiler is to reduce the gradients in DDP's place: no, as by default.
+    """
+    if "torch._dynamo" in sys.modules:
+        yield
+        return
+    answer = SimpleNamespace(utils=SimpleNamespace(get_optimize_ddp_mode=lambda: "ddp_optimizer"))
+    vars(torch)["_dynamo"] = answer
+    try:
+        yield
+    finally:
+        if vars(torch).get("_dynamo") is answer:
+            del vars(torch)["_dynamo"]  # torch imports it where it is asked for next
 
 
 def _place(place: Place) -> dict[str, Any]:
