@@ -155,7 +155,7 @@ def test_exchange(tmp_path: Path) -> None:
     ratios = {f"step{way}: {n} ranks / step alone: {n} ranks" for n in (2, 3) for way in ("", ", 1 in 3")}
     assert set(medians(report, "ratio")) == ratios
     assert {name.partition(":")[0] for name in medians(report, "ms")} == {
-        "all-reduce", "step alone", "step", "step, 1 in 3", "model",
+        "all-reduce", "step alone", "step", "step, 1 in 3", "fit",
     }  # fmt: skip
     assert set(medians(report, "µs a step")) == {
         f"{what} it{way}: {n} ranks"
@@ -163,7 +163,7 @@ def test_exchange(tmp_path: Path) -> None:
     }  # fmt: skip
     assert all(len(row["values"]) == 2 for row in report["results"])
     goals = {row["name"]: row["goal"] for row in report["results"] if "goal" in row}
-    assert goals == {"model: step, 1 in 3, 130 ranks, lost to it": "< 0.1"}
+    assert goals == {"model, a network's messages: lost of a step, 1 in 3, 130 ranks": "< 0.1"}
 
 
 def test_the_model_of_an_exchange() -> None:
