@@ -16,7 +16,7 @@ from distrib.follow import follow
 from distrib.layout import count_classes
 from distrib.options import parse_args
 from distrib.place import Place, find_job, find_place, publish
-from distrib.surroundings import check_limits
+from distrib.surroundings import check_limits, keep_output
 
 LATER = 1.0  # seconds
 
@@ -45,6 +45,7 @@ def read_start(argv: Sequence[str]) -> Start:
     try:
         place = find_place(os.environ)
         publish(place, os.environ)
+        keep_output(place.rank, os.environ)
         check_limits()
         args = parse_args(argv)
         config = load_config(args.config, args.overrides)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
 import pwd
 import re
 import resource
 import sys
 import tempfile
-from collections.abc import MutableMapping
+import time
+from collections.abc import Mapping, MutableMapping
 from typing import IO, Any
 
 from distrib.config import UserError
@@ -78,6 +80,28 @@ def usable_cores() -> int:
 def same_command() -> str:
     """How our words name what continues this run: ``--fresh`` would begin it anew."""
     return "the same command" + (" without --fresh" if "--fresh" in sys.argv[1:] else "")
+
+
+def keep_output(rank: int, environ: Mapping[str, str]) -> None:
+    """Appends what this rank prints to its own file, where a launcher has named a folder for such files.
+
+    By the descriptors, so that what C code prints goes there too. Raises nothing: without the file the output stays
+    where it is.
+    """
+    folder = environ.get("DISTRIB_RANK_LOGS")
+    if not folder:
+        return
+    try:
+        os.makedirs(folder, exist_ok=True)
+        file = os.open(os.path.join(folder, f"rank_{rank:05d}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    except OSError as error:
+        print(f"warning: no log in {folder}: {error.strerror}", file=sys.stderr)
+        return
+    sys.stdout.flush()
+    for number in (1, 2):
+        os.dup2(file, number)
+    os.close(file)
+    print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} on {platform.node()}, process {os.getpid()}", flush=True)
 
 
 class ForgivingStream:

@@ -3,17 +3,33 @@
 Where a worker fails or a signal arrives torchrun ends in a traceback and a table, below the one line that says what is
 wrong. This program runs torchrun's parser and agent as they are, and ends in an exit code; the launcher has the
 workers' reports and says how it ended. ``LOGLEVEL=INFO`` brings torchrun's words back.
+
+With ``--max-restarts`` torchrun starts workers again after any exit code but 0. Here a rank that stopped on request or
+found a mistake of the user's ends the run, and why workers are started again is written beside their reports.
+
+Slurm sends a job's signals to each of its processes, some twice: torchrun heeds the first one only.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
 
-from launch.command import EXIT_CODE_FILE, FAILED, FINISHED, read_reports
+from launch.command import EXIT_CODE_FILE, FAILED, FINISHED, SIGNALS, STOPPED, USER_ERROR, Report, read_reports
+
+LONGEST = 200  # characters of what a failed rank says
+
+
+class _Over(Exception):
+    """The workers ended in a way that another start would not change."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -26,28 +42,86 @@ def main(argv: Sequence[str]) -> int:
 
     if "LOGLEVEL" not in os.environ:
         logging.disable(logging.ERROR)
+    _change_torchrun()
     try:
         torchrun.run(torchrun.parse_args(list(argv)))
-    except SignalException:
+    except (SignalException, _Over):
         return FAILED  # whether all is saved, the workers' reports say
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode < 0 and rank not in _reported():
-            print(f"rank {rank} was killed by {failure.signal_name()}", file=sys.stderr)
+        if failure.exitcode < 0 and rank not in _reports():
+            _report(rank, f"rank {rank} was killed by {failure.signal_name()}")
         return FAILED
     except Exception as error:
-        print(f"error: torchrun: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+        if not _over():  # else the node where the agents met has left before us
+            print(f"error: torchrun: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
         return FAILED
     return FINISHED
 
 
-def _reported() -> set[int]:
-    """The ranks that said themselves how they ended."""
+def _change_torchrun() -> None:
+    """Has torchrun use our agent and heed one signal. It offers no way to choose either; a test says if they move."""
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.elastic.multiprocessing import api
+    from torch.distributed.launcher import api as launcher
+
+    class Agent(LocalElasticAgent):
+        """torchrun's, but it knows what the workers' exit codes mean."""
+
+        def _restart_workers(self, worker_group: Any) -> None:
+            if _over():
+                raise _Over
+            _tell_restart(worker_group)
+            super()._restart_workers(worker_group)
+
+    handler = api._terminate_process_handler
+
+    def once(number: int, frame: FrameType | None) -> None:
+        for name in SIGNALS:  # a second one would cut the wait for the workers' save short
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+        handler(number, frame)
+
+    setattr(launcher, "LocalElasticAgent", Agent)  # noqa: B010  as an assignment it is none that mypy knows
+    setattr(api, "_terminate_process_handler", once)  # noqa: B010
+
+
+def _over() -> bool:
+    """Whether a worker said that it stopped on request, or that the user has something to mend."""
+    return any(report.code in (STOPPED, USER_ERROR) for report in _reports().values())
+
+
+def _tell_restart(worker_group: Any) -> None:
+    """Says on stderr, and in the file beside the reports, why workers are started again; forgets their reports."""
+    path, reports = os.environ.get(EXIT_CODE_FILE), _reports()
+    killed = [w.global_rank for w in worker_group.workers if w.global_rank not in reports]  # the others have ended
+    failed = [f"rank {rank}: {report.message}"[:LONGEST] for rank, report in sorted(reports.items()) if report.message]
+    if worker_group.state.name == "HEALTHY":
+        reason = "another node's workers are started again"
+    elif killed:
+        reason = f"rank {', '.join(map(str, killed))} was killed"
+    else:
+        reason = "; ".join(failed) or "they failed"
+    print(f"workers are started again: {reason}", file=sys.stderr, flush=True)
+    if path:
+        with contextlib.suppress(OSError):
+            with open(f"{path}.restarts", "a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {reason}\n")
+            Path(path).unlink(missing_ok=True)
+
+
+def _report(rank: int, message: str) -> None:
+    """Says for a rank that could not do so itself how it ended."""
+    with contextlib.suppress(OSError), open(os.environ.get(EXIT_CODE_FILE, ""), "a", encoding="utf-8") as file:
+        file.write(f"{rank} {FAILED} {message}\n")
+
+
+def _reports() -> dict[int, Report]:
+    """What the workers of this node said of their end."""
     try:
         with open(os.environ.get(EXIT_CODE_FILE, ""), encoding="utf-8", errors="replace") as file:
-            return set(read_reports(file.read()))
+            return read_reports(file.read())
     except OSError:
-        return set()
+        return {}
 
 
 if __name__ == "__main__":

@@ -54,18 +54,53 @@ class Outcome:
     message: str = ""
 
 
+@dataclass(frozen=True)
+class Meeting:
+    """Where the agents of several nodes meet, as one of them sees it."""
+
+    nodes: int
+    host: str
+    port: int
+    name: str  # of this start, and no other: an agent that is late must not join the next one
+    is_host: bool  # whether this node keeps the meeting
+    address: str  # of this node, for the others
+    restarts: int = 0  # how often workers may be started again
+
+    def words(self) -> list[str]:
+        """torchrun's options."""
+        return [
+            *(f"--nnodes={self.nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={self.host}:{self.port}"),
+            # Said, not left to torchrun: it compares names and addresses, which containers and aliases change.
+            *(f"--rdzv-id={self.name}", f"--rdzv-conf=is_host={int(self.is_host)}"),
+            *(f"--local-addr={self.address}", f"--max-restarts={self.restarts}"),
+        ]
+
+
+# Else the workers meet at the machine's own name, which a laptop may not resolve.
+ALONE = ("--standalone", "--local-addr=localhost")
+
+
 def build_torchrun(
-    procs: int, config: str, overrides: Sequence[str], environ: Mapping[str, str], cores: int, train: Path = TRAIN
+    procs: int,
+    config: str,
+    overrides: Sequence[str],
+    environ: Mapping[str, str],
+    cores: int,
+    train: Path = TRAIN,
+    meeting: Meeting | None = None,
+    numa: bool = False,
 ) -> Command:
-    """torchrun for ``procs`` workers on this machine. What ``environ`` already says about torchrun is kept."""
+    """torchrun for ``procs`` workers on this machine, alone or among others; ``numa``: each beside its GPU.
+
+    What ``environ`` already says about torchrun is kept.
+    """
     ours = {
         "OMP_NUM_THREADS": str(max(1, cores // procs)),  # torchrun would say 1
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # or restarted workers meet the old store: pytorch #135712
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",  # seconds from a signal to SIGKILL; a save must fit
     }
-    argv = [sys.executable, "-m", TORCHRUN, "--standalone", f"--nproc-per-node={procs}"]
-    # Else the workers meet at the machine's own name, which a laptop may not resolve.
-    argv += ["--local-addr=localhost"]
+    argv = [sys.executable, "-m", TORCHRUN, f"--nproc-per-node={procs}", *(meeting.words() if meeting else ALONE)]
+    argv += ["--numa-binding=node"] if numa else []
     argv += [f"--signals-to-handle={','.join(SIGNALS)}", str(train), "--config", config, *overrides]
     return Command(tuple(argv), {name: value for name, value in ours.items() if name not in environ})
 

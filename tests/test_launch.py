@@ -71,7 +71,7 @@ LAUNCH = (
 )
 # Runs a stand-in for torchrun itself: how launch treats its one child does not depend on torch.
 RUN = (
-    "import os, sys; from launch.__main__ import run; from launch.command import Command; "
+    "import os, sys; from launch.child import run; from launch.command import Command; "
     "outcome = run(Command((sys.executable, '-c', sys.argv[1]), {}), 1, os.environ); print(outcome.message); "
     "sys.exit(outcome.code)"
 )
@@ -134,7 +134,7 @@ def wait_for(*files: Path, seconds: float = 60) -> None:
 def test_builds_torchrun() -> None:
     command = build_torchrun(4, "c.yaml", ["train.epochs=3"], {}, cores=10)
     assert command.argv == (
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"),
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=4", "--standalone"),
         *("--local-addr=localhost", "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1,SIGUSR2"),
         *(str(ROOT / "train.py"), "--config", "c.yaml", "train.epochs=3"),
     )
@@ -361,7 +361,7 @@ def test_a_missing_train_py_is_said(tmp_path: Path, capfd: pytest.CaptureFixture
 @pytest.mark.parametrize("procs", ["0", "-1", "two", "1.5", ""])
 def test_procs_is_a_positive_number(procs: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["local", f"--procs={procs}"]) == USER_ERROR
-    assert "not a positive whole number" in capfd.readouterr().err
+    assert "not a whole number of 1 or more" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("words", [[], ["locale"], ["--procs", "2"]])
@@ -383,7 +383,7 @@ def test_help_names_the_commands(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_imports_no_torch() -> None:
     code = (
-        "import sys, launch.__main__, launch.command, distrib.cli, distrib.config; "
+        "import sys, launch.__main__, launch.command, launch.sweep, distrib.cli, distrib.config; "
         "print([name for name in sys.modules if name.partition('.')[0] in ('torch', 'torchvision', 'numpy')])"
     )
     done = subprocess.run(
@@ -440,7 +440,7 @@ def test_a_killed_worker_is_a_failure_though_the_other_stopped(tmp_path: Path) -
         _, err = process.communicate(timeout=120)
     assert (tmp_path / "got0").read_text() == "SIGTERM"
     assert process.returncode == FAILED, err
-    assert err.splitlines()[0] == "rank 1 was killed by SIGKILL"
+    assert err.splitlines() == ["error: rank 1 was killed by SIGKILL"]
     assert "Traceback" not in err
 
 

@@ -1,0 +1,180 @@
+"""Looks at what can be wrong before a job is submitted: the partition, the run's folder, a job that is there."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import re
+import secrets
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from distrib.config import UserError
+from launch.record import Record
+from launch.slurm.options import Request, minutes
+
+PATIENCE = 20  # seconds for one of Slurm's commands
+ACTIVE = ("PENDING", "RUNNING", "SUSPENDED", "CONFIGURING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD")
+FORM = "%P|%D|%c|%G|%l|%a"  # sinfo: partition (* at the default one), nodes, CPUs, GPUs, time limit, up or not
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Nodes of one partition that are alike. ``limit``: the partition's, in minutes."""
+
+    partition: str
+    nodes: int
+    cpus: int
+    gpus: int
+    limit: float
+    up: bool
+    default: bool = False
+
+
+def need_slurm() -> None:
+    """Looks for Slurm's commands.
+
+    Raises:
+        UserError: this machine has none.
+    """
+    missing = [name for name in ("sbatch", "srun") if shutil.which(name) is None]
+    if missing:
+        raise UserError(
+            f"no Slurm on this machine: {' and '.join(missing)} cannot be found; submit on a login node, or use "
+            "`python -m launch local`"
+        )
+
+
+def ask(*words: str) -> str | None:
+    """What a command of Slurm's prints; None where it is not there, fails or does not answer."""
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout
+
+
+def read_partitions(printed: str) -> list[Kind]:
+    """The cluster's partitions, from what ``sinfo -h -o FORM`` prints."""
+    kinds = []
+    for line in printed.splitlines():
+        fields = line.strip().split("|")
+        if len(fields) != 6 or not fields[1].isdecimal():
+            continue
+        name, nodes, cpus, gres, limit, up = fields
+        gpus = sum(int(n) for n in re.findall(r"(?:^|,)gpu(?::[^:,(]+)?:(\d+)", gres))
+        try:
+            most = minutes(limit)
+        except UserError:  # n/a
+            most = float("inf")
+        least = re.match(r"\d+", cpus)  # 16+ where they differ
+        kinds.append(
+            Kind(name.rstrip("*"), int(nodes), int(least[0]) if least else 0, gpus, most, up == "up", name[-1] == "*")
+        )
+    return kinds
+
+
+def partitions() -> list[Kind] | None:
+    """The cluster's; None where sinfo does not answer."""
+    printed = ask("sinfo", "-h", "-o", FORM)
+    return None if printed is None else read_partitions(printed)
+
+
+def choose(kinds: Sequence[Kind], request: Request) -> list[Kind]:
+    """The kinds of nodes in the partition that is asked for, or in the default one; none where that is not known.
+
+    Raises:
+        UserError: there is no such partition, or it is down.
+    """
+    asked = request.profile.partition
+    if asked is None:
+        return [kind for kind in kinds if kind.default]
+    names = sorted({kind.partition for kind in kinds})
+    found = [kind for kind in kinds if kind.partition in asked.split(",")]
+    unknown = [name for name in asked.split(",") if name not in names]
+    if unknown and names:
+        near = difflib.get_close_matches(unknown[0], names, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+        raise UserError(f"--partition {unknown[0]}: the cluster has no such partition; {hint}")
+    if found and not any(kind.up for kind in found):
+        raise UserError(f"--partition {asked} is down: choose another")
+    return found
+
+
+def check_fits(kinds: Sequence[Kind], request: Request) -> None:
+    """Looks whether the nodes, GPUs, cores and time can be had in a partition with these ``kinds`` of nodes.
+
+    Raises:
+        UserError: they cannot.
+    """
+    if not kinds:
+        return
+    profile, name = request.profile, kinds[0].partition
+    have = sum(kind.nodes for kind in kinds)
+    if request.nodes > have:
+        raise UserError(f"--nodes {request.nodes}: partition {name} has {have} nodes; ask for fewer")
+    gpus, cpus = profile.gpus_per_node or 0, profile.cpus_per_node or 0
+    with_gpus = [kind for kind in kinds if kind.gpus >= gpus]
+    if sum(kind.nodes for kind in with_gpus) < request.nodes:
+        most = max(kind.gpus for kind in kinds)
+        raise UserError(
+            f"--gpus-per-node {gpus}: partition {name} has {sum(kind.nodes for kind in with_gpus)} nodes with so many, "
+            f"{request.nodes} are asked for; the most that a node has is {most}"
+        )
+    if sum(kind.nodes for kind in with_gpus if kind.cpus >= cpus) < request.nodes:
+        raise UserError(
+            f"--cpus-per-node {cpus}: partition {name} has not {request.nodes} nodes with so many; the most is "
+            f"{max(kind.cpus for kind in with_gpus)}"
+        )
+    limit = max(kind.limit for kind in kinds)
+    if profile.time is not None and minutes(profile.time) > limit:
+        raise UserError(
+            f"--time {profile.time}: partition {name} allows {limit:g} minutes; ask for that, the job is queued again "
+            "until the run is finished"
+        )
+
+
+def check_writable(record: Record) -> None:
+    """Makes the launcher's folder in the run's, and writes a file there.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    probe = record.path / f".probe.{secrets.token_hex(4)}"
+    try:
+        record.path.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"1")
+    except OSError as error:
+        raise UserError(f"cannot write to {record.run}: {error.strerror}: set run.dir to a shared disk") from None
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+    if "\n" in str(record.run):
+        raise UserError(f"run.dir {str(record.run)!r} has a line break in its name: set another")
+
+
+def active(records: Sequence[Record]) -> dict[Path, tuple[str, str]]:
+    """The runs of which a job is queued or runs: its number and state, by the run's folder."""
+    jobs = {job: record.run for record in records for job in record.jobs()}
+    if not jobs:
+        return {}
+    user = os.environ.get("USER", str(os.getuid()))
+    printed = ask("squeue", "-h", "-r", "-t", "all", "-o", "%i|%T", "-u", user) or ""
+    lines = [line.strip().partition("|") for line in printed.splitlines()]
+    return {jobs[job]: (job, state.lower()) for job, _, state in lines if job in jobs and state in ACTIVE}
+
+
+def check_alone(record: Record) -> None:
+    """Looks whether a job of this run is queued or runs.
+
+    Raises:
+        UserError: one is.
+    """
+    for run, (job, state) in active([record]).items():
+        raise UserError(
+            f"job {job} of {run} is {state} already: `python -m launch stop {run}` stops it, or choose another run.name"
+        )

@@ -1,0 +1,132 @@
+"""The code that runs is the code that was submitted: a copy of the tree, and what it is a copy of."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import stat
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from distrib.config import UserError
+
+PARTS = ("train.py", "distrib", "launch", "configs")  # of a tree that git does not know
+MOST = 20_000_000  # bytes of a file that is not tracked: a data set that nobody told .gitignore of
+DIFF, ABOUT = "changes.diff", "revision.json"
+
+
+@dataclass(frozen=True)
+class Revision:
+    """What was copied. ``commit`` is empty where git does not know the tree; ``left_out`` files were too large."""
+
+    commit: str
+    changed: bool
+    untracked: tuple[str, ...]
+    left_out: tuple[str, ...]
+    sha256: str  # of all names, modes and contents
+
+
+def take(root: Path, into: Path) -> tuple[Path, Revision]:
+    """Copies the tree at ``root`` to a folder in ``into`` named after its contents; the same tree is copied once.
+
+    With git: what is tracked, as it stands now, and what is neither tracked nor ignored. Beside the copy lie
+    revision.json and, where files have changed since the commit, changes.diff.
+
+    Raises:
+        UserError: the tree cannot be read or the copy not be written.
+    """
+    commit = _git(root, "rev-parse", "HEAD").strip()
+    if commit:
+        tracked = _names(_git(root, "ls-files", "-z"))
+        others = _names(_git(root, "ls-files", "-z", "--others", "--exclude-standard"))
+        diff = _git(root, "diff", "--binary", "HEAD", "--", ".")
+    else:
+        tracked, others, diff = _walk(root), [], ""
+    try:
+        large = tuple(name for name in others if _size(root / name) > MOST)
+        names = sorted(name for name in {*tracked, *others} - {*large} if os.path.lexists(root / name))
+        digest = _digest(root, names)
+        about = Revision(commit, bool(diff), tuple(n for n in others if n not in large), large, digest)
+        target = into / digest[:12]
+        if not target.exists():
+            part = into / f".{digest[:12]}.{os.getpid()}"
+            shutil.rmtree(part, ignore_errors=True)
+            _copy(root, names, part)
+            with contextlib.suppress(FileExistsError, OSError):  # somebody else made the same one
+                part.rename(target)
+            shutil.rmtree(part, ignore_errors=True)
+        if not target.is_dir():
+            raise UserError(f"cannot write {target}: set run.dir")
+        (into / f"{digest[:12]}.{ABOUT}").write_text(json.dumps(asdict(about), indent=2) + "\n", encoding="utf-8")
+        if diff:
+            (into / f"{digest[:12]}.{DIFF}").write_text(diff, encoding="utf-8", errors="surrogateescape")
+    except OSError as error:
+        raise UserError(f"cannot copy the code from {root} to {into}: {error.strerror} ({error.filename})") from None
+    return target, about
+
+
+def _copy(root: Path, names: Sequence[str], target: Path) -> None:
+    for name in names:
+        to = target / name
+        to.parent.mkdir(parents=True, exist_ok=True)
+        if (root / name).is_dir() and not (root / name).is_symlink():  # a repository within this one
+            continue
+        shutil.copy2(root / name, to, follow_symlinks=False)
+    target.mkdir(parents=True, exist_ok=True)
+
+
+def _digest(root: Path, names: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for name in names:
+        path = root / name
+        mode = path.lstat().st_mode
+        if stat.S_ISLNK(mode):
+            content = os.readlink(path).encode("utf-8", "surrogateescape")
+        elif stat.S_ISREG(mode):
+            content = path.read_bytes()
+        else:
+            continue
+        digest.update(f"{name}\0{mode & 0o111:o}\0{len(content)}\0".encode("utf-8", "surrogateescape"))
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def _walk(root: Path) -> list[str]:
+    files = [path for part in PARTS for path in ((root / part).rglob("*") if (root / part).is_dir() else [root / part])]
+    return [str(p.relative_to(root)) for p in files if p.is_file() and "__pycache__" not in p.parts]
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.lstat().st_size
+    except OSError:
+        return 0
+
+
+def _names(printed: str) -> list[str]:
+    return [name for name in printed.split("\0") if name]
+
+
+def _git(root: Path, *words: str) -> str:
+    """What git prints; empty where there is no git, or no repository of which ``root`` is the top."""
+    try:
+        top = ["git", "-C", str(root), "rev-parse", "--show-toplevel"]
+        done = subprocess.run(top, capture_output=True, text=True, check=True, timeout=30)
+        if Path(done.stdout.rstrip("\n")).resolve() != root.resolve():
+            return ""
+        done = subprocess.run(
+            ["git", "-C", str(root), *words],
+            capture_output=True,
+            text=True,
+            errors="surrogateescape",
+            check=True,
+            timeout=60,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout
