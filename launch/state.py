@@ -19,11 +19,11 @@ Who asks for a state gets the first row that fits. "The job" is the one of the r
     Slurm calls the job cancelled, or does not have one that    cancelled; stopped where a stop was asked for
       waited when a stop was asked for
     the summary covers, and says finished or diverged           that
-    Slurm calls it lost with its node or preempted, and cannot  requeued
-      say whether it is in the queue again
+    Slurm's accounts call it preempted, or lost with its node,  requeued
+      and its queue, where it may be again, does not answer
     Slurm calls it failed, timed out, …                         failed, with Slurm's word
-    it was to be queued again, and Slurm can say that it is not lost
-    it never began                                              lost; queued where Slurm cannot say
+    it was to be queued again, and the queue has it not         lost; requeued where Slurm does not answer
+    it never began                                              lost; queued where Slurm does not answer
     the summary covers                                          what it says: finished, stopped or diverged
     the writer is gone and left its name                        lost
     nobody writes, and no summary covers                        failed
