@@ -1,4 +1,4 @@
-"""``launch local --nodes``: where agents that are started by hand, one a node, meet. Imports no torch."""
+"""``launch local --nnodes``: where agents that are started by hand, one a node, meet. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ RESTARTS = 3
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of a start on several nodes; none is needed for one on this machine alone."""
+    """The options of a start on several nodes, by torchrun's names; none is needed for this machine alone."""
     nodes = parser.add_argument_group("several nodes (type the same command on each)")
-    nodes.add_argument("--nodes", type=_nodes, metavar="N|MIN:MAX", help="how many; MIN:MAX: nodes may come and go")
-    nodes.add_argument("--meet", metavar="HOST[:PORT]", help=f"one of them, where they meet (default port: {PORT})")
+    nodes.add_argument("--nnodes", type=_nodes, metavar="N|MIN:MAX", help="how many; MIN:MAX: nodes may come and go")
     nodes.add_argument(
-        "--restarts", type=_count, metavar="N", help=f"how often workers may be started again (default: {RESTARTS})"
+        "--rdzv-endpoint", metavar="HOST[:PORT]", help=f"one of them, where they meet (default port: {PORT})"
     )
-    nodes.add_argument("--start", metavar="NAME", help="with --fresh: a name that no earlier start had")
+    nodes.add_argument(
+        "--max-restarts", type=_count, metavar="N", help=f"how often workers may be started again (default: {RESTARTS})"
+    )
+    nodes.add_argument("--rdzv-id", metavar="NAME", help="with --fresh: a name that no earlier start had")
 
 
 def read_meeting(args: argparse.Namespace, name: str) -> Meeting | None:
@@ -32,28 +34,28 @@ def read_meeting(args: argparse.Namespace, name: str) -> Meeting | None:
     Raises:
         UserError: options that do not go together, or a host that cannot be found.
     """
-    if args.nodes is None:
-        given = [f"--{word}" for word in ("meet", "restarts", "start") if getattr(args, word) is not None]
-        if given:
-            raise UserError(f"{given[0]} is for a start on several nodes: say --nodes too")
+    if args.nnodes is None:
+        for flag in ("--rdzv-endpoint", "--max-restarts", "--rdzv-id"):
+            if getattr(args, flag[2:].replace("-", "_")) is not None:
+                raise UserError(f"{flag} is for a start on several nodes: say --nnodes too")
         return None
-    if args.meet is None:
-        raise UserError("--nodes needs --meet HOST: the name of one of the nodes, the same on each")
-    if args.fresh and args.start is None:
+    if args.rdzv_endpoint is None:
+        raise UserError("--nnodes needs --rdzv-endpoint HOST: the name of one of the nodes, the same on each")
+    if args.fresh and args.rdzv_id is None:
         # Else a second --fresh would look like a worker of the first that is started again, and go on.
-        raise UserError("--fresh on several nodes needs --start NAME: one that no earlier start had, the same on each")
-    least, most = args.nodes
-    host, port = _endpoint(args.meet)
+        raise UserError("--fresh on several nodes needs --rdzv-id NAME: one that no earlier start had, alike on each")
+    least, most = args.nnodes
+    host, port = _endpoint(args.rdzv_endpoint)
     is_host = _is_here(host)
     return Meeting(
         nodes=most,
         host=host,
         port=port,
-        name=args.start or name,
+        name=args.rdzv_id or name,
         is_host=is_host,
         # Not the host's address as itself sees it: some systems give their own name one of the loopback.
         address=host if is_host else _address_towards(host, port),
-        restarts=RESTARTS if args.restarts is None else args.restarts,
+        restarts=RESTARTS if args.max_restarts is None else args.max_restarts,
         least=least,
     )
 
@@ -75,7 +77,7 @@ def _endpoint(text: str) -> tuple[str, int]:
     if not colon:
         host, port = text, str(PORT)
     if not host or ":" in host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
-        raise UserError(f"--meet takes HOST or HOST:PORT, got {text!r}")
+        raise UserError(f"--rdzv-endpoint takes HOST or HOST:PORT, got {text!r}")
     return host, int(port)
 
 
@@ -88,7 +90,7 @@ def _is_here(host: str) -> bool:
     try:
         found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
     except OSError as error:
-        raise UserError(f"--meet {host}: {error.strerror}: give a name or address that all nodes know") from None
+        raise UserError(f"--rdzv-endpoint {host}: {error.strerror}: give a name or address that all nodes know") from None
     for family, kind, protocol, _, address in found:
         with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as probe:
             probe.bind(address)
@@ -108,4 +110,4 @@ def _address_towards(host: str, port: int) -> str:
             probe.connect(address)
             return str(probe.getsockname()[0])
     except OSError as error:
-        raise UserError(f"--meet {host}: {error.strerror}: no way there from this machine") from None
+        raise UserError(f"--rdzv-endpoint {host}: {error.strerror}: no way there from this machine") from None

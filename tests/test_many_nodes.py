@@ -1,4 +1,4 @@
-"""`launch local --nodes`: its words, and real runs on hosts of their own, which come, stop and die."""
+"""`launch local --nnodes`: its words, and real runs on hosts of their own, which come, stop and die."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def dry(capfd: pytest.CaptureFixture[str], *words: str) -> list[str]:
 
 
 def test_the_words_of_the_host_and_of_another(capfd: pytest.CaptureFixture[str]) -> None:
-    host = dry(capfd, "--nodes", "2", "--meet", "localhost:29999", "run.name=r")
+    host = dry(capfd, "--nnodes", "2", "--rdzv-endpoint", "localhost:29999", "run.name=r")
     assert {"--nnodes=2", "--rdzv-endpoint=localhost:29999", "--rdzv-id=r", "--max-restarts=3"} <= set(host)
     assert {"--rdzv-conf=is_host=1", "--local-addr=localhost"} <= set(host)
     assert "--standalone" not in host
     # 192.0.2.0/24 is for documentation (RFC 5737): no machine has it.
-    other = dry(capfd, "--nodes=1:4", "--meet", "192.0.2.1", "--restarts", "0")
+    other = dry(capfd, "--nnodes=1:4", "--rdzv-endpoint", "192.0.2.1", "--max-restarts", "0")
     assert {"--nnodes=1:4", "--rdzv-endpoint=192.0.2.1:29400", "--max-restarts=0"} <= set(other)
     assert "--rdzv-conf=is_host=0,last_call_timeout=10" in other
     assert "--local-addr=192.0.2.1" not in other
@@ -45,15 +45,15 @@ def test_the_words_of_the_host_and_of_another(capfd: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (["--nodes", "2"], "--nodes needs --meet HOST"),
-        (["--meet", "localhost"], "--meet is for a start on several nodes: say --nodes too"),
-        (["--restarts", "1"], "--restarts is for a start on several nodes: say --nodes too"),
-        (["--nodes", "0", "--meet", "localhost"], "takes a number of nodes, as in 2, or MIN:MAX"),
-        (["--nodes", "3:2", "--meet", "localhost"], "takes a number of nodes, as in 2, or MIN:MAX"),
-        (["--nodes", "2", "--meet", "localhost:port"], "--meet takes HOST or HOST:PORT, got 'localhost:port'"),
-        (["--nodes", "2", "--meet", "no-such-host.invalid"], "--meet no-such-host.invalid: "),
-        (["--nodes", "2", "--meet", "localhost", "--fresh"], "--fresh on several nodes needs --start NAME"),
-        (["--nodes", "40", "--meet", "localhost"], "train.global_batch 64 is smaller than the 80 processes"),
+        (["--nnodes", "2"], "--nnodes needs --rdzv-endpoint HOST"),
+        (["--rdzv-endpoint", "localhost"], "--rdzv-endpoint is for a start on several nodes: say --nnodes too"),
+        (["--max-restarts", "1"], "--max-restarts is for a start on several nodes: say --nnodes too"),
+        (["--nnodes", "0", "--rdzv-endpoint", "localhost"], "takes a number of nodes, as in 2, or MIN:MAX"),
+        (["--nnodes", "3:2", "--rdzv-endpoint", "localhost"], "takes a number of nodes, as in 2, or MIN:MAX"),
+        (["--nnodes", "2", "--rdzv-endpoint", "localhost:port"], "--rdzv-endpoint takes HOST or HOST:PORT, got 'localhost:port'"),
+        (["--nnodes", "2", "--rdzv-endpoint", "no-such-host.invalid"], "--rdzv-endpoint no-such-host.invalid: "),
+        (["--nnodes", "2", "--rdzv-endpoint", "localhost", "--fresh"], "--fresh on several nodes needs --rdzv-id NAME"),
+        (["--nnodes", "40", "--rdzv-endpoint", "localhost"], "train.global_batch 64 is smaller than the 80 processes"),
     ],
 )
 def test_mistakes(capfd: pytest.CaptureFixture[str], words: list[str], part: str) -> None:
@@ -72,7 +72,7 @@ class Cluster:
         self.hosts, self.folder, self.run = hosts, folder, folder / "run"
 
     def launch(self, host: str, nodes: str, *words: str) -> subprocess.Popen[Any]:
-        launch = [sys.executable, "-m", "launch", "local", "--procs", "1", "--nodes", nodes, "--meet", "h1:29400"]
+        launch = [sys.executable, "-m", "launch", "local", "--procs", "1", "--nnodes", nodes, "--rdzv-endpoint", "h1:29400"]
         environ = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TMPDIR": str(self.folder)}
         with (self.folder / f"{host}.out").open("ab") as out:
             return self.hosts.begin(
