@@ -54,6 +54,7 @@ from distrib.log import ConsoleSink, JsonlSink, Log, WandbSink, new_run_id
 from distrib.metrics import SaveTimer, Trace, TrainMeter
 from distrib.models import build_model
 from distrib.optim import Ema, build_optimizer, build_schedule, freeze, peak_lr
+from distrib.preflight import is_wanted, preflight
 from distrib.runtime import Runtime, leave, start
 from distrib.weights import checksum, load_weights
 
@@ -300,6 +301,9 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
     set_up_device(device, precision, config.train.deterministic)
     say = partial(print, file=sys.stdout if runtime.is_main else sys.stderr, flush=True)
     say_once = say if runtime.is_main else (lambda text: None)
+    folder = RunFolder(config.run.dir)
+    if is_wanted(config.launch.preflight, runtime):
+        preflight(runtime, folder.path, say)
     one_checks = runtime.local_rank == 0  # the index's checksum: the machine's ranks share the pages
     indexes = runtime.main_first(
         lambda: open_data(config.data, config.model.num_classes, say_once, STOP.requested, one_checks)
@@ -321,7 +325,6 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
         freeze(network, config.optim.freeze)
     check_batch_norm(network, plan.smallest_slice, config.data.size)
 
-    folder = RunFolder(config.run.dir)
     if indexes:
         folder.check_apart([index.root for index in indexes])
     names = indexes[0].classes if indexes else None
@@ -526,7 +529,10 @@ def main(start: Start) -> int:
         leave()
         return report_exit(USER_ERROR, str(error))
     except Failure as error:
-        print(f"error: {error}", file=sys.stderr)
+        if place.rank == 0 or not error.everywhere:
+            print(f"error: {error}", file=sys.stderr)
+        if error.everywhere:  # else another rank may be within a collective
+            leave()
         return report_exit(FAILED, str(error))
     except KeyboardInterrupt:
         print("interrupted twice; what was trained since the newest checkpoint is not saved", file=sys.stderr)

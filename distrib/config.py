@@ -284,6 +284,13 @@ class CheckpointConfig(Part):
     """Checkpoints to keep, besides the best."""
 
 
+class LaunchConfig(Part):
+    """How a run begins on its machines."""
+
+    preflight: bool | Auto = "auto"
+    """Look at all nodes before the first step; auto: where there are several."""
+
+
 class LogConfig(Part):
     """How often there are numbers."""
 
@@ -325,6 +332,7 @@ class Config(Part):
     schedule: ScheduleConfig = ScheduleConfig()
     ema: EmaConfig | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()
+    launch: LaunchConfig = LaunchConfig()
     log: LogConfig = LogConfig()
     wandb: WandbConfig = WandbConfig()
     trace: bool = False

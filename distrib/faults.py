@@ -24,7 +24,14 @@ class Interrupted(Exception):
 
 
 class Failure(Exception):
-    """Ends the run with one line and exit code 1: nothing in the configuration or the data would mend it."""
+    """Ends the run with one line and exit code 1: nothing in the configuration or the data would mend it.
+
+    ``everywhere``: all ranks of the run meet it, so that rank 0 alone tells it.
+    """
+
+    def __init__(self, message: str, everywhere: bool = False) -> None:
+        super().__init__(message)
+        self.everywhere = everywhere
 
 
 class StopSignals:

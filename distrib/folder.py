@@ -163,7 +163,7 @@ def check_resumable(
     told = [
         f"{key} {'null' if before is None else before} → {'null' if now is None else now}"
         for key, (before, now) in changed.items()
-        if not key.startswith(("run.", "log."))
+        if not key.startswith(("run.", "log.", "launch."))
     ]
     if told:
         notify(f"changed since {path.name}: {', '.join(told)}")

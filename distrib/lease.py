@@ -211,6 +211,48 @@ class Lease:
                 folder.rmdir()
 
 
+@dataclass(frozen=True)
+class Sight:
+    """What an onlooker sees of a folder's holder."""
+
+    holder: Holder
+    here: bool  # on this machine, where the process itself can be looked up
+    alive: bool | None  # None: nobody can tell from here
+    silent: float | None  # seconds since the last heartbeat, by the disk's clock; None where that is not known
+
+
+def look(folder: Path, now: float | None) -> Sight | None:
+    """Who holds ``folder``; None for nobody. Waits for nothing: ``now`` is what ``disk_time`` said of this disk.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    holder, beat = _read(folder / NAME), _time(folder / NAME)
+    if holder is None or beat == 0:
+        return None
+    silent = None if now is None else max(0.0, now - beat)
+    if holder.born and holder.machine == _machine():
+        return Sight(holder, True, _born(holder.pid) == holder.born, silent)
+    return Sight(holder, False, None if silent is None else silent <= DEAD_SECONDS, silent)
+
+
+def disk_time(folder: Path) -> float | None:
+    """What the clock of the folder's disk shows, in seconds; None where nothing can be written.
+
+    A file of our own tells it, which is gone when this returns.
+    """
+    probe = folder / f".{NAME}.{secrets.token_hex(8)}"
+    try:
+        try:
+            probe.touch()
+            os.utime(probe)
+            return _time(probe)
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError:
+        return None
+
+
 def _read(path: Path) -> Holder | None:
     """The holder; None where there is none. A damaged file names nobody, and has a heartbeat all the same."""
     try:

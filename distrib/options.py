@@ -133,11 +133,17 @@ def settings_among(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return [word for word, is_one in pairs if not is_one], [word for word, is_one in pairs if is_one]
 
 
-def add_settings(parser: Parser) -> None:
-    """The options that every way to start a run has."""
+def add_configuration(parser: Parser) -> None:
+    """The options and words that say what is trained."""
     parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="FILE", help="default: %(default)s")
     for flag, (key, metavar) in SHORT.items():
         parser.add_argument(flag, metavar=metavar, help=f"the same as {key}={metavar}")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.epochs=100 optim.lr=0.5")
+
+
+def add_settings(parser: Parser) -> None:
+    """The options that every way to start a run has."""
+    add_configuration(parser)
     parser.add_argument(
         "--fresh", action="store_true", help="start anew: what is in the run's folder moves to one with its time"
     )
@@ -149,7 +155,6 @@ def add_settings(parser: Parser) -> None:
         help="auto (default): continue where there is a checkpoint; must: refuse to start without one",
     )
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.epochs=100 optim.lr=0.5")
 
 
 def _resume(word: str) -> str:

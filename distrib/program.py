@@ -32,7 +32,8 @@ def run(work: Callable[[StopSignals], int | None]) -> int:
             print(f"error: {error}", file=sys.stderr)
         return report_exit(USER_ERROR, str(error))
     except Failure as error:
-        print(f"error: {error}", file=sys.stderr)
+        if _is_first() or not error.everywhere:
+            print(f"error: {error}", file=sys.stderr)
         return report_exit(FAILED, str(error))
     except (Interrupted, KeyboardInterrupt):
         if _is_first():

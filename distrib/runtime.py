@@ -106,13 +106,17 @@ class Runtime:
 
     def _raise_together(self, error: Exception | None) -> None:
         """Raises on every rank the error of the lowest rank that has one: no rank is left waiting for another."""
-        errors = [error]
-        if self.world > 1:
-            errors = [None] * self.world
-            dist.all_gather_object(errors, error, group=self.control)
-        for found in errors:
+        for found in self.gather_objects(error):
             if found is not None:
                 raise found
+
+    def gather_objects(self, value: T) -> list[T]:
+        """Every rank's ``value``, in rank order, on every rank; it must be one that pickle takes."""
+        values: list[Any] = [value]
+        if self.world > 1:
+            values = [None] * self.world
+            dist.all_gather_object(values, value, group=self.control)
+        return values
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sums ``tensor`` over all ranks, in place."""
@@ -164,8 +168,9 @@ def start(place: Place = Place(), stop: StopSignals | None = None, wait_minutes:
     if torch.cuda.is_available():
         if local_world > torch.cuda.device_count():
             raise UserError(
-                f"{local_world} processes on a machine with {torch.cuda.device_count()} GPUs: "
-                "lower --nproc_per_node, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
+                f"{local_world} processes on {platform.node()}, which has {torch.cuda.device_count()} GPUs: "
+                "lower --nproc_per_node, or set CUDA_VISIBLE_DEVICES= to train on the CPU",
+                everywhere=local_rank > 0,  # the machine's first rank tells it: rank 0 may be on another one
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from distrib.config import UserError
-from distrib.surroundings import settle
 from launch.command import TRAIN, USER_ERROR
 
 # Each is a module of this package with ``main(argv, train)``, which returns the exit code.
 COMMANDS = {
     "local": "train on this machine, one process a GPU",
     "slurm": "train as a Slurm job",
+    "sweep": "train each combination of several values, and make one table",
+    "preflight": "look at the machines as training does before its first step",
 }
 
 
@@ -34,6 +34,8 @@ def main(argv: Sequence[str] | None = None, train: Path = TRAIN) -> int:
         parser.print_help(sys.stderr)
         return USER_ERROR
     command = parser.parse_args(words[:1]).command
+    from distrib.config import UserError  # pydantic takes 0.15 s, which --help need not wait for
+
     try:
         return int(import_module(f"launch.{command}").main(words[1:], train))
     except UserError as error:
@@ -42,5 +44,8 @@ def main(argv: Sequence[str] | None = None, train: Path = TRAIN) -> int:
 
 
 if __name__ == "__main__":
-    settle()
+    if sys.argv[1:2] not in ([], ["-h"], ["--help"]):
+        from distrib.surroundings import settle
+
+        settle()
     sys.exit(main())

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 
+from distrib.jobs import end_with_us
 from distrib.surroundings import same_command
 from launch.command import EXIT_CODE_FILE, SIGNALS, Command, Outcome, judge, read_reports
 
@@ -22,31 +21,37 @@ def run(command: Command, procs: int, environ: Mapping[str, str], reports: Path 
 
     ``reports``: the file to which its workers append how they ended; None: one that goes with it.
     """
-    stop = _Stop()
+    with stop_requests() as stop, tempfile.TemporaryDirectory(prefix="distrib-launch-") as folder:
+        file = reports or Path(folder, "exit-codes")
+        if stop.asked is not None:
+            return judge(-stop.asked, {}, procs, stop.asked)
+        # In a session of its own: a terminal's Ctrl-C would reach torchrun beside our copy of it, and at the
+        # second signal torchrun forgets how long it was to wait; at the third it leaves the workers behind.
+        process = subprocess.Popen(
+            command.argv,
+            env={**environ, **command.env, EXIT_CODE_FILE: str(file)},
+            start_new_session=True,
+            preexec_fn=end_with_us(),
+        )
+        stop.attach(process)
+        returncode = process.wait()
+        said = read_reports(file.read_text(encoding="utf-8", errors="replace")) if file.exists() else {}
+        return judge(returncode, said, procs, stop.asked, same_command())
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[Stop]:
+    """Until the block ends a request to stop is noted, and handed on to what is attached; it ends nothing here."""
+    stop = Stop()
     before = {number: signal.signal(number, stop) for number in _stop_signals()}
     try:
-        with tempfile.TemporaryDirectory(prefix="distrib-launch-") as folder:
-            file = reports or Path(folder, "exit-codes")
-            if stop.asked is not None:
-                return judge(-stop.asked, {}, procs, stop.asked)
-            # In a session of its own: a terminal's Ctrl-C would reach torchrun beside our copy of it, and at the
-            # second signal torchrun forgets how long it was to wait; at the third it leaves the workers behind.
-            process = subprocess.Popen(
-                command.argv,
-                env={**environ, **command.env, EXIT_CODE_FILE: str(file)},
-                start_new_session=True,
-                preexec_fn=_end_with_us(),
-            )
-            stop.attach(process)
-            returncode = process.wait()
-            said = read_reports(file.read_text(encoding="utf-8", errors="replace")) if file.exists() else {}
-            return judge(returncode, said, procs, stop.asked, same_command())
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-class _Stop:
+class Stop:
     """The signal handler: forwards the first request to stop and only acknowledges more."""
 
     def __init__(self) -> None:
@@ -55,6 +60,7 @@ class _Stop:
         self._sent = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Takes one signal."""
         name = signal.Signals(number).name
         if self.asked is not None:
             _say(f"{name}: already stopping, waiting for the workers to save")
@@ -81,18 +87,6 @@ def _stop_signals() -> list[signal.Signals]:
     numbers = [signal.Signals[name] for name in SIGNALS]
     # Under nohup SIGHUP is ignored on purpose; the same goes for SIGQUIT in a script's background.
     return numbers + [n for n in (signal.SIGHUP, signal.SIGQUIT) if signal.getsignal(n) is not signal.SIG_IGN]
-
-
-def _end_with_us() -> Callable[[], None] | None:
-    """Has Linux send torchrun SIGTERM should we be killed: in its own session it would train on unseen."""
-    if not sys.platform.startswith("linux"):
-        return None
-    libc = ctypes.CDLL(None)
-
-    def ask() -> None:
-        libc.prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
-
-    return ask
 
 
 def _say(line: str) -> None:

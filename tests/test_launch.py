@@ -383,7 +383,7 @@ def test_help_names_the_commands(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_imports_no_torch() -> None:
     code = (
-        "import sys, launch.__main__, launch.command, distrib.cli, distrib.config; "
+        "import sys, launch.__main__, launch.command, launch.sweep, distrib.cli, distrib.config; "
         "print([name for name in sys.modules if name.partition('.')[0] in ('torch', 'torchvision', 'numpy')])"
     )
     done = subprocess.run(

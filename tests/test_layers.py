@@ -21,27 +21,29 @@ LAYERS = (
         "distrib.folder",
         "distrib.log",
         "distrib.metrics",
+        "distrib.preflight",
         "distrib.weights",
         "distrib.words",
     ),
     ("distrib.data", "distrib.models", "distrib.optim", "distrib.augment"),
     ("distrib.runtime", "distrib.entry", "distrib.program"),
     ("distrib.lease",),
-    ("distrib.faults", "distrib.jsonl"),
+    ("distrib.faults", "distrib.jsonl", "distrib.jobs"),
     ("distrib.layout", "distrib.place", "distrib.surroundings"),
     ("distrib.cli", "distrib.options"),
     ("distrib.keys", "distrib.follow"),
-    ("distrib.config", "distrib.root"),
+    ("distrib.config", "distrib.root", "distrib.compare"),
     ("distrib",),  # the package itself: its version
 )
 # fmt: on
 DEPTH = {unit: depth for depth, layer in enumerate(LAYERS) for unit in layer}
 APART = ("distrib.tools",)  # programs, each a module or a sub-package, that do not import each other either
 LAUNCH_MAY = (
-    "distrib.config", "distrib.cli", "distrib.entry", "distrib.follow", "distrib.layout", "distrib.options",
+    "distrib.config", "distrib.cli", "distrib.compare", "distrib.entry", "distrib.folder", "distrib.follow",
+    "distrib.jobs", "distrib.jsonl", "distrib.keys", "distrib.layout", "distrib.lease", "distrib.options",
     "distrib.place", "distrib.root", "distrib.surroundings",
 )  # fmt: skip
-WITHOUT_TORCH = ("launch", "distrib", "distrib.__main__", "distrib.keys", *LAUNCH_MAY)  # a login node has none
+WITHOUT_TORCH = ("launch", "distrib", "distrib.__main__", *LAUNCH_MAY)  # a login node has none
 AGENT = "launch.agent"  # the one exception: a program that stands in for torchrun, started only where torch is
 OURS = ("distrib", "launch", "train", "tests", "benchmarks")
 

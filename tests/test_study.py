@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from distrib.cli import load_config
+from distrib.surroundings import usable_cores
 from distrib.tools.study import jobs, outcome, plan, report
 from distrib.tools.study.network import size_of
 
@@ -101,7 +102,7 @@ def test_a_run_that_fails_ends_the_study(tmp_path: Path, capfd: pytest.CaptureFi
 
 def test_runs_share_the_cores(stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    for at_once, threads in ((1, 7), (2, max(1, jobs.cores() // 2))):
+    for at_once, threads in ((1, 7), (2, max(1, usable_cores() // 2))):
         (job,) = plan.jobs_of(typed("a: optim.lr=1"), 1, tmp_path / str(at_once))
         assert jobs.train_all([job], at_once, lambda: False, stand_in) == 0
         assert jobs.log_of(job).read_text() == f"threads {threads}\n"

@@ -14,12 +14,13 @@ import torch
 import torchvision
 from PIL import Image
 
+from distrib.compare import compare, p_value
 from distrib.config import ModelConfig, UserError
 from distrib.models.count import Counts
 from distrib.tools.study import outcome, plan, report
-from distrib.tools.study.compare import compare, p_value, table
 from distrib.tools.study.network import size_of
 from distrib.tools.study.plan import Job
+from distrib.tools.study.report import table
 
 # Statistics
 

@@ -18,6 +18,7 @@ from launch.record import Record
 from launch.slurm.options import Request, minutes
 
 PATIENCE = 20  # seconds for one of Slurm's commands
+ACTIVE = ("PENDING", "RUNNING", "SUSPENDED", "CONFIGURING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD")
 FORM = "%P|%D|%c|%G|%l|%a"  # sinfo: partition (* at the default one), nodes, CPUs, GPUs, time limit, up or not
 
 
@@ -156,27 +157,24 @@ def check_writable(record: Record) -> None:
         raise UserError(f"run.dir {str(record.run)!r} has a line break in its name: set another")
 
 
-def check_alone(records: Sequence[Record]) -> None:
-    """Looks whether a job of these runs is queued or runs.
+def active(records: Sequence[Record]) -> dict[Path, tuple[str, str]]:
+    """The runs of which a job is queued or runs: its number and state, by the run's folder."""
+    jobs = {job: record.run for record in records for job in record.jobs()}
+    if not jobs:
+        return {}
+    user = os.environ.get("USER", str(os.getuid()))
+    printed = ask("squeue", "-h", "-r", "-t", "all", "-o", "%i|%T", "-u", user) or ""
+    lines = [line.strip().partition("|") for line in printed.splitlines()]
+    return {jobs[job]: (job, state.lower()) for job, _, state in lines if job in jobs and state in ACTIVE}
+
+
+def check_alone(record: Record) -> None:
+    """Looks whether a job of this run is queued or runs.
 
     Raises:
         UserError: one is.
     """
-    jobs = {job: record for record in records for job in record.jobs()}
-    if not jobs:
-        return
-    printed = ask("squeue", "-h", "-r", "-t", "all", "-o", "%i|%T", "-u", os.environ.get("USER", str(os.getuid())))
-    for line in (printed or "").splitlines():
-        job, _, state = line.strip().partition("|")
-        if job in jobs and state in ("PENDING", "RUNNING", "SUSPENDED", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD"):
-            run = jobs[job].run
-            raise UserError(
-                f"job {job} of {run} is {state.lower()} already: `python -m launch stop {run}` stops it, or choose "
-                "another run.name"
-            )
-
-
-def beside(path: str) -> str:
-    """A path of the configuration as the nodes must read it: they do not start in this folder."""
-    expanded = os.path.expanduser(path)
-    return str(Path(expanded).absolute()) if expanded else path
+    for run, (job, state) in active([record]).items():
+        raise UserError(
+            f"job {job} of {run} is {state} already: `python -m launch stop {run}` stops it, or choose another run.name"
+        )

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 from distrib.cli import load_config
 from distrib.config import Config, UserError
 from distrib.entry import print_config
-from distrib.layout import SAMPLE, SPLITS, count_images, look
+from distrib.layout import SPLITS, count_images, look
 from launch.command import FINISHED, TRAIN, USER_ERROR
+from launch.paths import located
 from launch.record import Record
-from launch.slurm.check import beside, check_alone, check_fits, check_writable, choose, need_slurm, partitions
+from launch.slurm.check import check_alone, check_fits, check_writable, choose, need_slurm, partitions
 from launch.slurm.options import Request, parse, read_request
 from launch.slurm.profile import changed
 
@@ -55,26 +56,11 @@ def main(argv: Sequence[str], train: Path = TRAIN) -> int:
     if not request.profile.data_on_nodes:
         check_data(config, request)
     check_writable(element.record)
-    check_alone([element.record])
+    check_alone(element.record)
     (job,) = submit([element], request, element.record, config.run.name)
     print(f"job {job}: {config.run.name}, {request.nodes} nodes × {request.procs} ranks; run folder: {config.run.dir}")
     print(f"  python -m launch status {config.run.dir}\n  python -m launch logs -f {config.run.dir}", flush=True)
     return follow(element.record) if args.follow else FINISHED
-
-
-def located(config: Config) -> Config:
-    """``config`` with absolute paths: the nodes do not start in this folder."""
-    run = config.run.model_copy(update={"dir": beside(config.run.dir)})
-    data, model, wandb = config.data, config.model, config.wandb
-    if "${" not in data.root and data.root != SAMPLE:  # else a variable that only the nodes have
-        data = data.model_copy(update={"root": beside(data.root)})
-    if data.index_dir is not None:
-        data = data.model_copy(update={"index_dir": beside(data.index_dir)})
-    if model.weights is not None and Path(beside(model.weights)).exists():  # else a name of torchvision's
-        model = model.model_copy(update={"weights": beside(model.weights)})
-    if wandb.dir is not None:
-        wandb = wandb.model_copy(update={"dir": beside(wandb.dir)})
-    return config.model_copy(update={"run": run, "data": data, "model": model, "wandb": wandb})
 
 
 def fitted(request: Request) -> Request:

@@ -125,13 +125,13 @@ def read_request(args: argparse.Namespace) -> Request:
     return Request(profile, str(found.path or ""), args.dependency, args.comment)
 
 
-def _pairs(flag: str, words: Sequence[str]) -> dict[str, str | bool]:
-    pairs: dict[str, str | bool] = {}
+def _pairs(flag: str, words: Sequence[str]) -> dict[str, str]:
+    pairs: dict[str, str] = {}
     for word in words:
         key, equals, value = word.lstrip("-").partition("=")
         if not re.fullmatch(r"[A-Za-z][\w-]*", key):
             raise UserError(f"{flag} takes key=value, as in {flag} reservation=maint, got {word!r}")
-        pairs[key.replace("_", "-")] = value if equals else True
+        pairs[key.replace("_", "-")] = value if equals else "true"
     return pairs
 
 

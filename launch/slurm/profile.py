@@ -15,8 +15,8 @@ from distrib.config import UserError
 
 NAME = "launch.yaml"
 HOME = Path("~/.config/distrib")
+NULL = ("", "null", "~")
 
-Value = str | int | float | bool
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -31,8 +31,6 @@ class Container(_Part):
     """What --container-image takes: registry#name:tag, or a .sqsh file."""
     mounts: tuple[str, ...] = ()
     """HOST:CONTAINER[:ro] folders, for --container-mounts; code and run folder are mounted in any case."""
-    python: str = "python3"
-    """The interpreter in the image."""
 
 
 class Profile(_Part):
@@ -76,23 +74,30 @@ class Profile(_Part):
     """For `module load`, in this order."""
     setup: tuple[str, ...] = ()
     """Shell lines of the batch script before the start, on the first node."""
-    environment: dict[str, Value] = {}
+    environment: dict[str, str] = {}
     """Variables of all ranks."""
-    nccl: dict[str, Value] = {}
+    nccl: dict[str, str] = {}
     """NCCL's variables without their NCCL_: {ib_hca: mlx5, socket_ifname: ib0}."""
     container: Container | None = None
-    """Image, mounts and interpreter."""
-    slurm: dict[str, Value] = {}
-    """Any other option of sbatch: {reservation: maint, exclusive: true}."""
-    srun: dict[str, Value] = {}
+    """Image and mounts."""
+    python: str | None = None
+    """The nodes' interpreter; null: the one that submits, or python3 in a container."""
+    slurm: dict[str, str] = {}
+    """Any other option of sbatch: {reservation: maint, exclusive: true}; true is an option without a value."""
+    srun: dict[str, str] = {}
     """Any other option of srun."""
     data_on_nodes: bool = False
     """The data lies on the nodes only: it is not looked for where the job is submitted."""
 
     def variables(self) -> dict[str, str]:
         """What goes to the ranks' environment."""
-        named = {f"NCCL_{key.upper()}": value for key, value in self.nccl.items()} | self.environment
-        return {key: _text(value) for key, value in named.items()}
+        return {f"NCCL_{key.upper()}": value for key, value in self.nccl.items()} | self.environment
+
+
+def words(options: Mapping[str, str]) -> list[str]:
+    """Options as Slurm's commands take them."""
+    given = {key.replace("_", "-"): value for key, value in options.items() if value != "false"}
+    return [f"--{key}" if value == "true" else f"--{key}={value}" for key, value in given.items()]
 
 
 @dataclass(frozen=True)
@@ -128,14 +133,15 @@ def changed(profile: Profile, values: Mapping[str, Any], where: str) -> Profile:
 
 def _read(path: Path) -> Profile:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # All values as they are written: YAML would make 43200 of 12:00:00. null is as if the key were not there.
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if values is not None and not isinstance(values, dict):
         raise UserError(f"{path}: a profile is a mapping (partition:, account:, …)")
-    return _validated(values or {}, str(path))
+    return _validated({key: value for key, value in (values or {}).items() if value not in NULL}, str(path))
 
 
 def _validated(values: Mapping[str, Any], where: str) -> Profile:
@@ -148,7 +154,3 @@ def _validated(values: Mapping[str, Any], where: str) -> Profile:
             known = Container.model_fields if key.startswith("container.") else Profile.model_fields
             raise UserError(f"{where}: unknown key {key}; there are {', '.join(known)}") from None
         raise UserError(f"{where}: {key}: {first['msg']}, got {first['input']!r}") from None
-
-
-def _text(value: Value) -> str:
-    return str(int(value)) if isinstance(value, bool) else str(value)

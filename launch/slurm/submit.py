@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import shlex
 import subprocess
 import time
@@ -18,6 +20,7 @@ from distrib.config import Config, UserError
 from distrib.root import TRAIN
 from launch.record import Record
 from launch.slurm.options import Request
+from launch.slurm.profile import words as options
 from launch.slurm.snapshot import Revision, take
 from launch.slurm.task import Task
 
@@ -99,14 +102,15 @@ class Submission:
             mounts += [f"{data}:{data}:ro"] if Path(data).is_dir() else []
             words.append(f"--container-image={profile.container.image}")
             words.append(f"--container-mounts={','.join([*mounts, *profile.container.mounts])}")
-        return words + [f"--{key}" if value is True else f"--{key}={value}" for key, value in profile.srun.items()]
+        return [*words, *options(profile.srun)]
 
     def parameters(self) -> dict[str, Any]:
         """submitit's parameters."""
         request, profile = self.request, self.request.profile
-        more = {key: value for key, value in profile.slurm.items() if value is not False}
-        if profile.mem is not None:
-            more["mem"] = profile.mem
+        more: dict[str, Any] = {"requeue": True} | ({"mem": profile.mem} if profile.mem is not None else {})
+        for word in options(profile.slurm):
+            key, equals, value = word[2:].partition("=")
+            more[key] = value if equals else True
         values = {
             "job_name": self.name,
             "time": profile.time,
@@ -127,7 +131,7 @@ class Submission:
             "srun_args": self.srun(),
             "stderr_to_stdout": True,
             "wckey": None,  # submitit's own would be refused where keys are checked
-            "additional_parameters": {"requeue": True, **more},
+            "additional_parameters": more,
         }
         if self.at_most is not None:
             values["array_parallelism"] = self.at_most
@@ -156,11 +160,12 @@ class Submission:
             raise UserError(f"cannot write to {self.folder}: {error.strerror}: set run.dir") from None
         executor = self._executor()
         try:
-            if len(self.elements) > 1:
-                with executor.batch():
-                    jobs = [executor.submit(self.task) for _ in self.elements]
-            else:
-                jobs = [executor.submit(self.task)]
+            with contextlib.redirect_stderr(io.StringIO()):  # submitit prints there what sbatch does
+                if len(self.elements) > 1:
+                    with executor.batch():
+                        jobs = [executor.submit(self.task) for _ in self.elements]
+                else:
+                    jobs = [executor.submit(self.task)]
         except (FailedJobError, FailedSubmissionError, subprocess.CalledProcessError, OSError) as error:
             raise UserError(f"sbatch refused the job: {_reason(error)}") from None
         return [str(job.job_id) for job in jobs]
@@ -173,12 +178,14 @@ class Submission:
         return cpus if profile.tasks == "node" else max(1, cpus // self.request.procs)
 
     def _mounts(self) -> list[str]:
-        folders = [self.folder, self.code, *(element.record.run for element in self.elements)]
-        return sorted({str(path) for path in folders})
+        folders = {self.folder.parent.parent, self.code, *(element.record.run for element in self.elements)}
+        inner = {path for path in folders if any(other in folders for other in path.parents)}
+        return sorted(str(path) for path in folders - inner)
 
     def _executor(self) -> SlurmExecutor:
-        container = self.request.profile.container
-        executor = _Executor(self.folder, python=shlex.quote(container.python) if container else None)
+        profile = self.request.profile
+        python = profile.python or ("python3" if profile.container else None)
+        executor = _Executor(self.folder, python=shlex.quote(python) if python else None)
         executor.update_parameters(**self.parameters())
         return executor
 

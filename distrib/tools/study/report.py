@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distrib.compare import compare, mean_and_spread, show_p, spread
 from distrib.config import UserError
 from distrib.jsonl import dumps, replace_file
-from distrib.tools.study.compare import compare, spread, table
 from distrib.tools.study.outcome import COMPARED, METRICS, Outcome
 from distrib.tools.study.plan import Study
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 RESULTS, TABLE, FIGURE = "results.json", "table.md", "figure.png"
 
 Outcomes = Mapping[str, Sequence[Outcome]]
+Against = Callable[[str], str | None]  # what a variant is compared with
 
 
 def values_of(outcomes: Outcomes, metric: str) -> dict[str, list[float]]:
@@ -34,14 +35,32 @@ def as_markdown(study: Study, outcomes: Outcomes, sizes: Mapping[str, Counts]) -
     for variant in outcomes:
         cells = [variant, f"{sizes[variant].parameters:,}", f"{sizes[variant].macs / 1e6:,.1f} M"]
         for metric, (_, digits) in METRICS.items():
-            values = values_of(outcomes, metric)[variant]
-            deviation = spread(values)
-            shown = f"{statistics.mean(values):.{digits}f}"
-            cells.append(shown if deviation is None else f"{shown} ± {deviation:.{digits}f}")
+            cells.append(mean_and_spread(values_of(outcomes, metric)[variant], digits))
         overview.append(f"| {' | '.join(cells)} |")
     tables = [table(METRICS[m][0], values_of(outcomes, m), study.against, METRICS[m][1]) for m in COMPARED]
     blocks = [f"# {study.about.title}", study.about.question, "\n".join(overview), *tables]
     return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def table(name: str, values: Mapping[str, Sequence[float]], against: Against, digits: int = 2) -> str:
+    """Mean and standard deviation of each variant, and how it differs from another one, paired by seed."""
+    lines = [
+        f"| variant | {name} | standard deviation | seeds | difference | to | p |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for variant, own in values.items():
+        deviation = spread(own)
+        row = [
+            variant,
+            f"{statistics.mean(own):.{digits}f}",
+            "" if deviation is None else f"{deviation:.{digits}f}",
+            ", ".join(f"{value:.{digits}f}" for value in own),
+        ]
+        other = against(variant)
+        found = compare(own, values[other]) if other is not None else None
+        row += ["", "", ""] if found is None else [f"{found[0]:+.{digits}f}", str(other), show_p(found[1])]
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
 
 
 def as_json(

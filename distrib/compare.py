@@ -1,12 +1,10 @@
-"""Means, spreads and paired t-tests of the seeds' values, and tables of them."""
+"""Means, spreads and paired t-tests of the values that seeds come to. Imports nothing of ours."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-
-Against = Callable[[str], str | None]  # what a variant is compared with
+from collections.abc import Sequence
 
 
 def compare(values: Sequence[float], other: Sequence[float]) -> tuple[float, float] | None:
@@ -22,28 +20,15 @@ def spread(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-def table(name: str, values: Mapping[str, Sequence[float]], against: Against, digits: int = 2) -> str:
-    """Mean and standard deviation of each variant, and how it differs from another one, paired by seed."""
-    lines = [
-        f"| variant | {name} | standard deviation | seeds | difference | to | p |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for variant, own in values.items():
-        deviation = spread(own)
-        row = [
-            variant,
-            f"{statistics.mean(own):.{digits}f}",
-            "" if deviation is None else f"{deviation:.{digits}f}",
-            ", ".join(f"{value:.{digits}f}" for value in own),
-        ]
-        other = against(variant)
-        found = compare(own, values[other]) if other is not None else None
-        row += ["", "", ""] if found is None else [f"{found[0]:+.{digits}f}", str(other), _p(found[1])]
-        lines.append(f"| {' | '.join(row)} |")
-    return "\n".join(lines)
+def mean_and_spread(values: Sequence[float], digits: int) -> str:
+    """``45.10 ± 0.20``, or the value alone where there is one."""
+    deviation = spread(values)
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if deviation is None else f"{mean} ± {deviation:.{digits}f}"
 
 
-def _p(value: float) -> str:
+def show_p(value: float) -> str:
+    """A p as it stands in a table."""
     return "< 0.0001" if value < 0.0001 else f"{value:.4f}"
 
 
