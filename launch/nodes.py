@@ -90,7 +90,9 @@ def _is_here(host: str) -> bool:
     try:
         found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
     except OSError as error:
-        raise UserError(f"--rdzv-endpoint {host}: {error.strerror}: give a name or address that all nodes know") from None
+        raise UserError(
+            f"--rdzv-endpoint {host}: {error.strerror}: give a name or address that all nodes know"
+        ) from None
     for family, kind, protocol, _, address in found:
         with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as probe:
             probe.bind(address)

@@ -24,8 +24,7 @@ def table() -> str:
     rows = ["| key | default | |", "|---|---|---|"]
     for model, prefix in ((profile.Profile, ""), (profile.Container, "container.")):
         said = lines(classes[model.__name__])
-        for name in model.model_fields:
-            rows.append(f"| `{prefix}{name}` | {shown(model, name)} | {said[name]} |")
+        rows += [f"| `{prefix}{name}` | {shown(model, name)} | {said[name]} |" for name in model.model_fields]
     return "\n".join(rows)
 
 

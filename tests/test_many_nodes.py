@@ -50,7 +50,10 @@ def test_the_words_of_the_host_and_of_another(capfd: pytest.CaptureFixture[str])
         (["--max-restarts", "1"], "--max-restarts is for a start on several nodes: say --nnodes too"),
         (["--nnodes", "0", "--rdzv-endpoint", "localhost"], "takes a number of nodes, as in 2, or MIN:MAX"),
         (["--nnodes", "3:2", "--rdzv-endpoint", "localhost"], "takes a number of nodes, as in 2, or MIN:MAX"),
-        (["--nnodes", "2", "--rdzv-endpoint", "localhost:port"], "--rdzv-endpoint takes HOST or HOST:PORT, got 'localhost:port'"),
+        (
+            ["--nnodes", "2", "--rdzv-endpoint", "localhost:port"],
+            "--rdzv-endpoint takes HOST or HOST:PORT, got 'localhost:port'",
+        ),
         (["--nnodes", "2", "--rdzv-endpoint", "no-such-host.invalid"], "--rdzv-endpoint no-such-host.invalid: "),
         (["--nnodes", "2", "--rdzv-endpoint", "localhost", "--fresh"], "--fresh on several nodes needs --rdzv-id NAME"),
         (["--nnodes", "40", "--rdzv-endpoint", "localhost"], "train.global_batch 64 is smaller than the 80 processes"),
@@ -72,7 +75,18 @@ class Cluster:
         self.hosts, self.folder, self.run = hosts, folder, folder / "run"
 
     def launch(self, host: str, nodes: str, *words: str) -> subprocess.Popen[Any]:
-        launch = [sys.executable, "-m", "launch", "local", "--procs", "1", "--nnodes", nodes, "--rdzv-endpoint", "h1:29400"]
+        launch = [
+            sys.executable,
+            "-m",
+            "launch",
+            "local",
+            "--procs",
+            "1",
+            "--nnodes",
+            nodes,
+            "--rdzv-endpoint",
+            "h1:29400",
+        ]
         environ = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TMPDIR": str(self.folder)}
         with (self.folder / f"{host}.out").open("ab") as out:
             return self.hosts.begin(
@@ -111,18 +125,25 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
 
 
 @needs_hosts
-def test_two_nodes_stop_together_and_end_as_one_machine_does(cluster: Cluster, tmp_path: Path) -> None:
-    """SIGTERM to one launcher stops both with everything saved; the same commands go on to the same bits."""
+def test_two_nodes_end_as_one_machine_does(cluster: Cluster, tmp_path: Path) -> None:
+    """A stop on one node stops both; the same commands go on; a node that dies comes back; the bits are the same."""
     nodes = [cluster.launch(host, "2") for host in cluster.hosts.names]
     cluster.wait(lambda: runs.steps_traced(cluster.run) >= 13, *nodes)
     cluster.hosts.signal(nodes[1], signal.SIGTERM)
     assert [cluster.end(node) for node in nodes] == [STOPPED, STOPPED], cluster.told()
     assert "workers are started again" not in cluster.told()
-    assert "stopped on request; the same command continues" in cluster.printed(
-        "h1" if _main_is("h2", cluster) else "h2"
-    )
+    other = "h1" if _main_is("h2", cluster) else "h2"
+    assert "stopped on request; the same command continues" in cluster.printed(other)
 
-    assert [cluster.end(node) for node in [cluster.launch(h, "2") for h in cluster.hosts.names]] == [0, 0]
+    first, second = (cluster.launch(host, "2") for host in cluster.hosts.names)
+    cluster.wait(lambda: runs.steps_traced(cluster.run) >= 25, first, second)
+    cluster.hosts.crash("h2")
+    second.wait()
+    cluster.hosts.boot("h2")
+    second = cluster.launch("h2", "2")
+    assert [cluster.end(first), cluster.end(second)] == [FINISHED, FINISHED], cluster.told()
+    assert "workers are started again: rank " in cluster.printed("h1")
+
     runs.train(2, tmp_path / "undisturbed")
     assert runs.digest(cluster.run) == runs.digest(tmp_path / "undisturbed")
     assert runs.global_batches(cluster.run, 2) == runs.global_batches(tmp_path / "undisturbed", 2)
