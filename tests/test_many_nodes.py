@@ -16,9 +16,13 @@ from typing import Any
 
 import pytest
 import runs
+import torch
 from hosts import Hosts, available
 
+from distrib.config import UserError
 from distrib.data.order import TrainPlan
+from distrib.place import Place
+from distrib.runtime import start
 from launch.__main__ import main
 from launch.command import FINISHED, STOPPED, USER_ERROR
 
@@ -66,6 +70,19 @@ def test_mistakes(capfd: pytest.CaptureFixture[str], words: list[str], part: str
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert part in err
+
+
+def test_a_name_that_leads_to_the_loopback_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gloo's words are those that it had on two hosts with `127.0.1.1 h1` and `127.0.1.1 h2` in /etc/hosts."""
+
+    def fail(*args: object, **options: object) -> None:
+        raise RuntimeError("Gloo connectFullMesh failed with [pair.cc:152] refused, remote=[127.0.1.1]:32640$1")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", fail)
+    with pytest.raises(UserError, match=r"rank 1 did not meet all 2 ranks at h1:29400: .*set GLOO_SOCKET_IFNAME"):
+        start(Place(1, 2, 0, 1, ("h1", 29400)))
+    with pytest.raises(UserError, match="start them all"):  # on one machine that is as it must be
+        start(Place(1, 2, 0, 1, ("127.0.0.1", 29400)))
 
 
 class Cluster:
