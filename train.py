@@ -32,7 +32,7 @@ from distrib import checkpoint, words
 from distrib.alike import check_alike
 from distrib.checkpoint import Checkpointer, check_room
 from distrib.config import Config, UserError, settled
-from distrib.data import EvalPlan, Index, Loader, TrainPlan, build_loader, open_data
+from distrib.data import EvalPlan, Loader, TrainPlan, build_loader, make_plans, open_data
 from distrib.engine.evaluate import Evaluator
 from distrib.engine.prepare import (
     DTYPES,
@@ -216,7 +216,7 @@ class Run:
         self.save()
 
     def save(self) -> None:
-        """Begins a save. All ranks must call it: their batch-norm statistics are gathered."""
+        """Begins a save. All ranks must call it: their batch-norm statistics are averaged, and gathered on rank 0."""
         state = self.state.capture()
         if self.checkpointer is not None:
             config = self.config.model_dump(mode="json")
@@ -312,13 +312,16 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
     )
     data = indexes[0].fingerprint if indexes else f"synthetic {config.data.synthetic.train}"
     runtime.check_same(data, "finds other training images than rank 0: is data.root still being copied to?")
+    made_up = config.data.synthetic
+    images = (len(indexes[0]), len(indexes[1])) if indexes else (made_up.train, made_up.val)
     config = follow(
         config,
         classes=len(indexes[0].classes) if indexes else SYNTHETIC_CLASSES,
-        images=len(indexes[0]) if indexes else config.data.synthetic.train,
+        images=images[0],
         gpu=device.type == "cuda",
     )
-    plan, eval_plan = make_plans(config, indexes, runtime)
+    seed, eval_batch = config.run.seed, config.data.eval_batch
+    plan, eval_plan = make_plans(config.train, seed, images, eval_batch, runtime.rank, runtime.world)
     total_steps = plan.length(config.train.epochs, config.train.steps)
 
     torch.manual_seed(config.run.seed)
@@ -392,6 +395,8 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
     ema = Ema(network, config.ema) if config.ema else None
     state = TrainState(network, optimizer, scaler, ema, runtime)
     schedule = build_schedule(config.schedule, lr, plan.steps_per_epoch, total_steps)
+    if not state.continues_exactly:
+        log.message(words.mean_alone(runtime.world))
     if found is not None:
         newest, saved = found
         state.restore(saved)
@@ -497,27 +502,6 @@ def open_folder(
     except OSError as error:
         raise UserError(f"cannot write to {folder.path}: {error.strerror}: make room, or set run.dir") from None
     return made
-
-
-def make_plans(config: Config, indexes: tuple[Index, Index] | None, runtime: Runtime) -> tuple[TrainPlan, EvalPlan]:
-    """Who trains and evaluates which images.
-
-    Raises:
-        UserError: more ranks than images, or than images in a batch.
-    """
-    batch, world = config.train.global_batch, runtime.world
-    synthetic = config.data.synthetic
-    train, val = (len(indexes[0]), len(indexes[1])) if indexes else (synthetic.train, synthetic.val)
-    if world > train:
-        raise UserError(f"the {world} processes are more than the {train} training images: start fewer")
-    if world > batch:
-        raise UserError(f"train.global_batch {batch} is smaller than the {world} processes: raise it, or start fewer")
-    micro = config.train.micro_batch or batch
-    accumulation = min(-(-batch // (world * micro)), batch // world)
-    return (
-        TrainPlan(train, batch, config.run.seed, runtime.rank, world, accumulation),
-        EvalPlan(val, config.data.eval_batch, runtime.rank, world),
-    )
 
 
 def main(start: Start) -> int:

@@ -18,6 +18,9 @@ STOPPED = 75  # EX_TEMPFAIL: stopped on request with everything saved, start me 
 # What Slurm, submitit, torchrun, a terminal that is closed, and a person at one send when the time is up.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
+RANKS_A_CALL = 64
+MESSAGE_SECONDS = 20e-6, 50e-6
+
 
 class Interrupted(Exception):
     """Somebody asked to stop while the run waited for something that may never come, such as a disk or another rank."""
@@ -97,31 +100,71 @@ class StopSignals:
             signal.signal(number, signal.SIG_IGN)
 
 
+def exchange_interval(world: int) -> int:
+    """Calls of ``Agreement.exchange`` from one all-reduce to the next: 1 for up to 64 ranks, 16 for 1,024.
+
+    gloo sends around a ring, where 2 · (world - 1) messages wait for one another: its time grows with the ranks,
+    however few bytes there are (``ring_seconds``). On 1,024 that is 41 to 102 ms, and a step may take 30. One exchange
+    for each 64 ranks needs 6.4 ms a step at most, at any size, and is over long before the next one asks for it.
+    """
+    return -(-world // RANKS_A_CALL)
+
+
+def ring_seconds(world: int) -> tuple[float, float]:
+    """What gloo's all-reduce of a few bytes takes over a network, from and to: a model, never measured on a cluster.
+
+    Of messages that take 20 to 50 µs, as TCP's within a data centre do (assumed). Measured were 230 µs, for up to 16
+    ranks on 2 cores that others used too (``python -m distrib.tools.bench exchange``, Intel Xeon, 2026-11-27).
+    """
+    low, high = MESSAGE_SECONDS
+    return 2 * (world - 1) * low, 2 * (world - 1) * high
+
+
 class Agreement:
     """Flags that any rank raises, seen by all ranks at the same call, without waiting for the device.
 
-    Each ``exchange`` posts this rank's flags on the gloo control group and returns what the ranks together posted at
-    the *previous* call: that all-reduce ran in the background during the step between, so the wait is short. All
-    ranks must call it equally often.
+    Every ``every``-th ``exchange`` posts this rank's flags on the gloo control group and returns what the ranks
+    together posted ``every`` calls before: that all-reduce ran in the background during the steps between, so the wait
+    is short. The calls between cost nothing and return nothing. All ranks must call it equally often.
+
+    A stop that is asked for at one call is known to all 2 · ``every`` - 1 calls later at the latest.
     """
 
-    def __init__(self, group: Any = None) -> None:
-        import torch  # here, not above: a run takes over its signals before torch's slow import
+    def __init__(self, group: Any = None, every: int | None = None) -> None:
+        """``every``: by default what ``exchange_interval`` says for the group's ranks."""
+        import numpy as np  # here, not above: a run takes over its signals before torch's slow import
+        import torch
 
-        self._torch, self._group = torch, group
-        self._flags = torch.zeros(2, dtype=torch.int32)
+        self._group = group
+        self.every = every or exchange_interval(1 if group is None else group.size())
+        self._calls = 0
+        self._stop = False
+        # Once in a step Python's and torch's code is cold in the caches: a new tensor took 200 µs of the call's 420,
+        # torch's own all_reduce around the group's 100 (two ranks, 30 ms apart, a Xeon that others used, 2026-11-27).
+        self._flags = np.zeros(2, dtype=np.int32)
+        self._tensor = torch.from_numpy(self._flags)
+        self._options = torch.distributed.AllreduceOptions()
+        self._options.reduceOp = torch.distributed.ReduceOp.MAX
         self._work: Any = None
 
     def exchange(self, *, stop: bool, save: bool = False) -> tuple[bool, bool]:
-        """Returns (stop, save): whether any rank asked for it."""
+        """Returns (stop, save): whether any rank asked for it.
+
+        A stop is remembered until it is posted. A save is asked for as long as it is due: one that was made meanwhile,
+        for another reason, answers it.
+        """
         if self._group is None:
             return stop, save
+        self._stop = self._stop or stop
+        due, self._calls = self._calls % self.every == 0, self._calls + 1
+        if not due:
+            return False, False
         self.close()
-        agreed_stop, agreed_save = (bool(flag) for flag in self._flags.tolist())
-        dist = self._torch.distributed
-        self._flags = self._torch.tensor([stop, save], dtype=self._torch.int32)
-        self._work = dist.all_reduce(self._flags, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
-        return agreed_stop, agreed_save
+        agreed_stop, agreed_save = self._flags.tolist()
+        # Who asks for a save cannot know yet that this call answers it: two saves would follow each other.
+        self._flags[:] = self._stop, save and not agreed_save
+        self._work = self._group.allreduce([self._tensor], self._options)
+        return bool(agreed_stop), bool(agreed_save)
 
     def close(self) -> None:
         """Waits for the exchange that is under way, so that no rank leaves while another still needs it."""

@@ -29,6 +29,7 @@ from rich.table import Table
 from rich.text import Text
 
 from distrib.config import TOP5_CLASSES, WandbConfig
+from distrib.faults import STOPPED
 from distrib.jsonl import JsonlFile
 
 Level = Literal["info", "warning", "error"]
@@ -345,7 +346,10 @@ class WandbSink:
         """Nothing: W&B gets numbers."""
 
     def close(self, exit_code: int) -> None:
-        """Waits until W&B has everything, for at most ``CLOSE_SECONDS``. A second call does nothing."""
+        """Waits until W&B has everything, for at most ``CLOSE_SECONDS``. A second call does nothing.
+
+        With 75 the run is marked as preempted.
+        """
         thread, self._thread = self._thread, None
         if thread is None:
             return
@@ -451,6 +455,8 @@ class WandbSink:
 
     def _hand_over(self, run: Any, item: dict[str, Any] | int) -> None:
         if isinstance(item, int):
+            if item == STOPPED:
+                _mark_preempting(run)
             run.finish(exit_code=item)
             return
         history, best = _in_wandbs_names(item)
@@ -473,6 +479,16 @@ class WandbSink:
     def _tear_down(self) -> None:
         with contextlib.suppress(Exception, SystemExit):  # it exits with the service's code, and complains of its death
             self._wandb.teardown()
+
+
+def _mark_preempting(run: Any) -> None:
+    """Tells W&B that the run goes on later: it is shown as preempted, and a sweep hands it out again.
+
+    Before ``finish``, whose exit code is not 0: W&B takes both together for a preemption. To the end without it where
+    this cannot be said: a word that is missing must not cost what is still to be written.
+    """
+    with contextlib.suppress(Exception):
+        run.mark_preempting()
 
 
 def _in_wandbs_names(record: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

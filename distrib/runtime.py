@@ -148,13 +148,21 @@ class Runtime:
 
         return wait_for_copy
 
-    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Stacks every rank's ``tensor`` of one shape [...] to [world, ...], in rank order, on every rank."""
+    def gather_to_main(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Stacks every rank's ``tensor`` of one shape [...] to [world, ...], in rank order, on rank 0; None elsewhere.
+
+        All ranks must call it. None but rank 0 holds more than its own.
+        """
         if self.world == 1:
             return tensor.unsqueeze(0)
-        rows = [torch.empty_like(tensor) for _ in range(self.world)]
-        dist.all_gather(rows, tensor)
-        return torch.stack(rows)
+        stacked = tensor.new_empty((self.world, *tensor.shape)) if self.is_main else None
+        dist.gather(tensor, list(stacked) if stacked is not None else None, dst=0)
+        return stacked
+
+
+def step_timeout(wait_minutes: float) -> timedelta:
+    """How long a collective of a step may take where a rank waits for its images for up to ``wait_minutes``."""
+    return timedelta(minutes=max(STEP_MINUTES, wait_minutes + 5))
 
 
 def start(place: Place = Place(), stop: StopSignals | None = None, wait_minutes: float = 0) -> Runtime:  # noqa: B008  a frozen value
@@ -193,7 +201,7 @@ def start(place: Place = Place(), stop: StopSignals | None = None, wait_minutes:
                     rank=rank,
                     world_size=world,
                     device_id=device_id,
-                    timeout=timedelta(minutes=max(STEP_MINUTES, wait_minutes + 5)),
+                    timeout=step_timeout(wait_minutes),
                 )
                 control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
         except RuntimeError as error:  # torch's own kinds for a store and for sockets are RuntimeErrors

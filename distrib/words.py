@@ -62,6 +62,14 @@ def lengthened(total_steps: int, lr: float, newest: Path) -> str:
     )
 
 
+def mean_alone(world: int) -> str:
+    """For a run of so many ranks that their own batch-norm statistics are not saved."""
+    return (
+        f"{world} ranks are too many to save each one's batch-norm statistics: checkpoints hold their mean alone, so a "
+        "run that is continued differs in the last digits from one that was not stopped"
+    )
+
+
 def not_finite(loss: object, step: object) -> str:
     """For the first logged loss that is no number."""
     return f"the loss is {loss} at step {step}: nothing is learnt any more; {REMEDY}"

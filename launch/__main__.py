@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from launch.command import TRAIN, USER_ERROR
+from launch.command import FAILED, TRAIN, USER_ERROR
 
 # Each is a module of this package with ``main(argv, train)``, which returns the exit code.
 COMMANDS = {
@@ -16,6 +16,10 @@ COMMANDS = {
     "slurm": "train as a Slurm job",
     "sweep": "train each combination of several values, and make one table",
     "preflight": "look at the machines as training does before its first step",
+    "list": "the runs below a folder, and how they are",
+    "status": "all that is known of one run",
+    "logs": "what a rank of a job prints; -f follows it",
+    "stop": "ask a run to save and to end",
 }
 
 
@@ -41,6 +45,8 @@ def main(argv: Sequence[str] | None = None, train: Path = TRAIN) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
+    except KeyboardInterrupt:  # while one looks: what starts something has taken the signal over
+        return FAILED
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,6 +47,19 @@ def command(procs: int, *words: str) -> list[str]:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=localhost", f"--nproc-per-node={procs}"]
     signals = "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1,SIGUSR2"
     return [sys.executable, *torchrun, signals, str(ROOT / "train.py"), *words]
+
+
+def change(folder: Path, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+    """Runs of this test are those of a train.py before which ``line`` of Python was executed."""
+    program, train = folder / "changed.py", str(ROOT / "train.py")
+    program.write_text(
+        f"import runpy, sys\n{line}\nsys.argv[0] = {train!r}\nrunpy.run_path({train!r}, run_name='__main__')\n"
+    )
+    ordinary = command
+    monkeypatch.setitem(
+        globals(), "command", lambda *args: [str(program) if word == train else word for word in ordinary(*args)]
+    )
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
 def begin(procs: int, folder: Path, *words: str) -> subprocess.Popen[str]:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from distrib.cli import load_config
-from distrib.tools.bench import photos, train
+from distrib.tools.bench import exchange, photos, train
 from distrib.tools.bench.__main__ import main
 from distrib.tools.bench.report import Report
 
@@ -60,7 +60,7 @@ def medians(report: dict[str, Any], unit: str) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("", "train|model|loader|inference|index|photos"),
+        ("", "train|model|loader|inference|index|exchange|photos"),
         ("bogus", "invalid choice: 'bogus'"),
         ("model --batch 0", "argument --batch: '0' is not a whole number of 1 or more"),
         ("model --model resnet20", "resnet20 is not one of torchvision's"),
@@ -74,6 +74,8 @@ def medians(report: dict[str, Any], unit: str) -> dict[str, float]:
         ("loader --photos 20 --data .", "not allowed with"),
         ("inference --model resnet20", "resnet20 is not one of torchvision's"),
         ("inference --validate /nowhere.py", "there is no such file"),
+        ("exchange --ranks 1 2", "--ranks: one rank exchanges nothing"),
+        ("exchange --steps 31", "--steps 31 holds no two exchanges 16 steps apart: give 32 or more"),
         ("photos 3", "3 photographs are fewer than their 10 classes"),
     ],
 )
@@ -144,6 +146,37 @@ def test_index(tmp_path: Path) -> None:
         "index: order, draws, boxes, later steps": "< 10",
     }
     assert "file list: memory / index: memory" in medians(report, "ratio")
+
+
+def test_exchange(tmp_path: Path) -> None:
+    sizes = ["--ranks", "2", "3", "--at", "130", "--step", "2", "--steps", "6", "--rounds", "2"]
+    report = measure(tmp_path, "exchange", *sizes)
+    assert report["settings"]["every"] == 3
+    ratios = {f"step{way}: {n} ranks / step alone: {n} ranks" for n in (2, 3) for way in ("", ", 1 in 3")}
+    assert set(medians(report, "ratio")) == ratios
+    assert {name.partition(":")[0] for name in medians(report, "ms")} == {
+        "all-reduce", "step alone", "step", "step, 1 in 3", "fit",
+    }  # fmt: skip
+    assert set(medians(report, "µs a step")) == {
+        f"{what} it{way}: {n} ranks"
+        for what in ("lost to", "processor's time in") for n in (2, 3) for way in ("", ", 1 in 3")
+    }  # fmt: skip
+    assert all(len(row["values"]) == 2 for row in report["results"])
+    goals = {row["name"]: row["goal"] for row in report["results"] if "goal" in row}
+    assert goals == {"model, a network's messages: lost of a step, 1 in 3, 130 ranks": "< 0.1"}
+
+
+def test_the_model_of_an_exchange() -> None:
+    assert exchange.message_seconds({2: 2e-4, 4: 6e-4, 16: 30e-4}) == pytest.approx(1e-4)
+    assert exchange.message_seconds({2: 1e-4, 4: 9e-4}) == pytest.approx((2 * 1 + 6 * 9) / (4 + 36) * 1e-4)
+    # An all-reduce within its steps costs them what the call does; what is longer they wait for.
+    assert exchange.share(own=6e-5, ring=0.1, calls=16, step=0.03) == pytest.approx(6e-5 / 0.48)
+    assert exchange.share(own=6e-5, ring=0.1, calls=1, step=0.03) == pytest.approx((6e-5 + 0.07) / 0.03)
+
+
+def test_an_exchange_whose_ranks_fail_says_which() -> None:
+    with pytest.raises(RuntimeError, match=r"of 2 ranks these failed: \[0, 1\]"):
+        exchange.on_ranks(2, {"steps": 1, "step_ms": 1, "rounds": 1, "ways": None})
 
 
 def test_train(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 from distrib import lease as module
 from distrib.config import UserError
 from distrib.faults import Interrupted
-from distrib.lease import Lease, LeaseLost
+from distrib.lease import Lease, LeaseLost, Sight, disk_time, look
 
 
 @pytest.fixture(autouse=True)
@@ -262,3 +262,40 @@ def test_of_many_that_start_at_once_one_gets_it(folder: Path, left: str) -> None
         assert found == ["held", *["refused"] * 5]
         for file in folder.glob("*.json") if folder.exists() else ():
             file.unlink()
+
+
+# Onlookers
+
+
+def test_an_onlooker_sees_who_holds_the_folder(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    assert look(folder, disk_time(folder)) is None
+    lease = Lease(folder).acquire()
+    seen = look(folder, None)
+    assert seen is not None
+    assert (seen.here, seen.alive, seen.holder.pid, seen.silent) == (True, True, os.getpid(), None)
+    lease.release()
+    assert look(folder, disk_time(folder)) is None
+
+
+@pytest.mark.parametrize(("age", "alive"), [(0.1, True), (60.0, False)])
+def test_an_onlooker_of_another_machine_looks_at_the_heartbeat(folder: Path, age: float, alive: bool) -> None:
+    write(folder, age)
+    seen = look(folder, disk_time(folder))
+    assert seen is not None
+    assert (seen.here, seen.alive) == (False, alive)
+    assert seen.silent == pytest.approx(age, abs=0.3)
+    assert look(folder, None) == Sight(seen.holder, False, None, None)  # nobody can tell
+    assert names(folder) == ["writer.json"]
+
+
+def test_an_onlooker_knows_a_dead_process_of_this_machine(folder: Path) -> None:
+    write(folder, pid=os.getpid(), machine=module._machine(), born="1")
+    seen = look(folder, disk_time(folder))
+    assert seen is not None
+    assert (seen.here, seen.alive) == (True, False)
+
+
+def test_a_disk_that_cannot_be_written_tells_no_time(tmp_path: Path) -> None:
+    assert disk_time(tmp_path / "no such folder") is None
+    assert disk_time(tmp_path) == pytest.approx(time.time(), abs=2)

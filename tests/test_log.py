@@ -556,6 +556,40 @@ def test_wandb_summary_has_what_runs_are_compared_by(tmp_path):
     assert not any("best" in name for name in names)
 
 
+@pytest.mark.parametrize(("code", "marked"), [(75, True), (0, False), (1, False), (2, False)])
+def test_wandb_hears_of_a_stop_that_goes_on_later(code, marked, tmp_path):
+    notices, _ = run_wandb(tmp_path, f"sink = make('offline')\nrecord(sink, 1)\nsink.close({code})\n")
+    assert notices == []
+    (records,) = stored(tmp_path)
+    kinds = [record.WhichOneof("record_type") for record in records]
+    assert ("preempting" in kinds) == marked
+    if marked:
+        assert kinds.index("preempting") < kinds.index("exit")  # the service reads in this order
+    assert [record.exit.exit_code for record in records if record.HasField("exit")] == [code]
+
+
+@pytest.mark.parametrize("way", ["older", "raises"])
+def test_wandb_that_cannot_be_told_of_a_stop_ends_as_ever(way, tmp_path):
+    body = f"""
+        from wandb.sdk.wandb_run import Run
+        def fail(run):
+            raise RuntimeError("no service")
+        sink = make("offline")
+        record(sink, 1)
+        while sink._wandb.run is None:
+            time.sleep(0.1)
+        if {way!r} == "older":
+            del Run.mark_preempting
+        else:
+            Run.mark_preempting = fail
+        timed("close", 20, lambda: sink.close(75))
+        """
+    assert run_wandb(tmp_path, body)[0] == []
+    assert history(tmp_path) == [[1]]
+    (records,) = stored(tmp_path)
+    assert [record.exit.exit_code for record in records if record.HasField("exit")] == [75]
+
+
 def test_wandb_gets_the_names_that_are_asked_for(tmp_path):
     body = """
         named = {"name": "a trial", "group": "rates", "tags": ("one", "two"), "notes": "why", "dir": "~/else/where"}

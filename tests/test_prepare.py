@@ -16,7 +16,7 @@ from distrib.config import ModelConfig, OptimConfig, TrainConfig, UserError
 from distrib.data import TrainPlan
 from distrib.engine import prepare
 from distrib.engine.prepare import DTYPES, Objective, check_batch_norm, effective_precision, set_up_device, wrap
-from distrib.models import build_model
+from distrib.models import MODEL_NAMES, build_model
 from distrib.optim import build_optimizer
 from distrib.runtime import Runtime
 
@@ -179,6 +179,20 @@ def test_no_network_is_too_deep_for_an_image_of_one_pixel(name: str) -> None:
     with torch.device("meta"):
         network = build_model(ModelConfig(name=name, num_classes=3))
         assert network(torch.empty(2, 3, 1, 1)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_above_the_largest_stride_no_norm_sees_a_single_pixel(name: str) -> None:
+    """``check_batch_norm`` does not look there."""
+    seen: list[int] = []
+    with torch.device("meta"):
+        network = build_model(ModelConfig(name=name, num_classes=3))
+        for module in network.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.register_forward_hook(lambda norm, inputs, output: seen.append(output[0, 0].numel()))
+        side = prepare.LARGEST_STRIDE + 1
+        network(torch.empty(1, 3, side, side))
+    assert min(seen) > 1
 
 
 def test_a_norm_that_does_not_train_needs_no_variance() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import runs
+import torch
 
 SAVE_EVERY = 10  # runs.SMALL
 
@@ -180,3 +181,26 @@ def test_fewer_steps_than_the_checkpoint_has_are_refused(undisturbed: dict[int, 
     assert len(errors) == 1
     assert "train.steps" in errors[0]
     assert "Traceback" not in printed
+
+
+def test_many_ranks_save_the_mean_of_their_statistics_and_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As above 256 ranks. What they save continues there, and on as few ranks as keep each one's own."""
+    folder = tmp_path / "run"
+    with monkeypatch.context() as bound:
+        line = "import distrib.engine.state as s; s.TrainState.__init__.__defaults__ = (1,)"
+        runs.change(tmp_path, bound, line)
+        for steps, step in ((10, 0), (14, 10)):
+            printed = runs.train(2, folder, f"train.steps={steps}")
+            assert printed.count("2 ranks are too many to save each one's batch-norm statistics") == 1
+            assert (f"continuing {folder}" in printed) == bool(step)
+            saved = torch.load(runs.newest_checkpoint(folder), weights_only=True)
+            assert (saved["progress"]["step"], len(saved["statistics"])) == (steps, 0)
+    printed = runs.train(2, folder, "train.steps=18")
+    assert "step 14 of 18" in printed
+    assert "too many" not in printed
+    saved = torch.load(runs.newest_checkpoint(folder), weights_only=True)
+    assert len(saved["statistics"]) == 2
+    rows = {len(set(map(float, column))) for column in saved["statistics"].T}
+    assert rows == {2}  # each its own again

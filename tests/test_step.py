@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from distrib.config import EmaConfig, OptimConfig, TrainConfig
 from distrib.data import Batch, TrainPlan
@@ -448,7 +450,7 @@ class Small:
             self.step(make_batches(self.plan, i), i, 0.1)
 
 
-def small_run(runtime: Runtime, accumulation: int = 2) -> Small:
+def small_run(runtime: Runtime, accumulation: int = 2, **options: Any) -> Small:
     plan = TrainPlan(IMAGES, 14, 0, runtime.rank, runtime.world, accumulation)
     objective = Objective(norm_net(), MEAN, STD, torch.float32)
     call, ddp = wrap(objective, TrainConfig(compile=False), runtime)
@@ -457,7 +459,7 @@ def small_run(runtime: Runtime, accumulation: int = 2) -> Small:
     optimizer = build_optimizer(objective.network, OptimConfig(nesterov=True), 0.1)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     ema = Ema(objective.network, EmaConfig(decay=0.8))
-    state = TrainState(objective.network, optimizer, scaler, ema, runtime)
+    state = TrainState(objective.network, optimizer, scaler, ema, runtime, **options)
     return Small(plan, objective.network, ema, optimizer, state, make_step(call, ddp, optimizer, plan, ema=ema))
 
 
@@ -485,7 +487,13 @@ def on_rank(runtime: Runtime) -> dict[str, Any]:
     run.train(0, 3)
     found["own"], found["weights"] = own(run), copied(run.state.weights())
     assert_equal(own(run), found["own"])  # reading the mean leaves the rank's own alone
-    found["captured"] = captured = copied(run.state.capture())
+    found["allocated"] = {}
+    for name, call in (("weights", run.state.weights), ("capture", run.state.capture)):
+        with Largest() as largest:
+            call()
+        found["allocated"][name] = largest.elements
+    found["captured"] = copied(run.state.capture())
+    captured = from_rank_0(found["captured"])
     run.train(3, 5)
     found["end"] = own(run)
 
@@ -499,7 +507,40 @@ def on_rank(runtime: Runtime) -> dict[str, Any]:
     fewer = small_run(runtime)
     fewer.state.restore(captured | {"statistics": captured["statistics"][1:]})  # as one rank less would have saved
     found["from another world"] = own(fewer)
+
+    many = small_run(runtime, rows_up_to=runtime.world - 1)
+    many.train(0, 3)
+    found["many"] = {"exact": [run.state.continues_exactly, many.state.continues_exactly]}
+    with Largest() as largest:
+        many.state.capture()
+    found["many"]["allocated"], found["many"]["captured"] = largest.elements, copied(many.state.capture())
+    again = small_run(runtime, rows_up_to=runtime.world - 1)
+    again.state.restore(from_rank_0(found["many"]["captured"]))
+    found["many"]["restored"] = own(again)
+    again.train(3, 5)
+    found["many"]["end"] = own(again)
     return found
+
+
+class Largest(TorchDispatchMode):
+    """Counts the elements of the largest tensor that any operation makes, views left out."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given:
+                self.elements = max(self.elements, tensor.numel())
+        return made
+
+
+def from_rank_0(value: Any) -> Any:
+    """What rank 0 has, as all ranks read a checkpoint that it wrote."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def assert_equal(a: Any, b: Any) -> None:
@@ -512,6 +553,11 @@ def assert_equal(a: Any, b: Any) -> None:
     else:
         for x, y in zip(a, b, strict=True):
             assert_equal(x, y)
+
+
+# Floats of the net's and the average's statistics.
+STATISTICS = [key for key in norm_net().state_dict() if key.endswith(("running_mean", "running_var"))]
+COUNT = 2 * sum(norm_net().state_dict()[key].numel() for key in STATISTICS)
 
 
 def is_statistic(key: str) -> bool:
@@ -579,11 +625,48 @@ def test_readers_get_the_mean_of_the_statistics(ranks: list[dict[str, Any]]) -> 
                     assert torch.equal(value, rank["own"][which][key]), key
 
 
-def test_a_capture_is_the_same_on_all_ranks(ranks: list[dict[str, Any]]) -> None:
-    for rank in ranks:
-        assert len(rank["captured"]["statistics"]) == len(ranks)
-        for part in ("model", "model_ema", "statistics"):
+def test_a_capture_is_the_same_on_all_ranks_and_rows_are_on_the_first(ranks: list[dict[str, Any]]) -> None:
+    rows = ranks[0]["captured"]["statistics"]
+    assert rows.shape == (len(ranks), COUNT)
+    for number, rank in enumerate(ranks):
+        for part in ("model", "model_ema"):
             assert_equal(rank["captured"][part], ranks[0]["captured"][part])
+        own = [rank["own"][which][key].flatten() for which in SAVED_AS for key in STATISTICS]
+        assert torch.equal(torch.cat(own), rows[number])
+        if number > 0:
+            assert rank["captured"]["statistics"].shape == (0, COUNT)
+
+
+def test_the_mean_does_not_depend_on_the_order_of_the_ranks(ranks: list[dict[str, Any]]) -> None:
+    rows = ranks[0]["captured"]["statistics"].double()
+    saved = [ranks[0]["captured"][name][key].flatten() for name in SAVED_AS.values() for key in STATISTICS]
+    for order in (rows, rows.flip(0)):
+        total = torch.zeros(COUNT, dtype=torch.float64)
+        for row in order:
+            total += row
+        assert torch.equal(torch.cat(saved), (total / len(rows)).float())
+
+
+def test_no_rank_but_the_first_holds_all_statistics(ranks: list[dict[str, Any]]) -> None:
+    all_of_them = len(ranks) * COUNT
+    assert ranks[0]["allocated"]["capture"] == all_of_them  # or the next lines would say nothing
+    for rank in ranks:
+        assert rank["allocated"]["weights"] < all_of_them
+        assert rank["many"]["allocated"] < all_of_them
+    for rank in ranks[1:]:
+        assert rank["allocated"]["capture"] < all_of_them
+
+
+def test_many_ranks_keep_the_mean_alone(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        many = rank["many"]
+        assert many["exact"] == [True, False]
+        assert many["captured"]["statistics"].shape == (0, COUNT)
+        for which, saved in SAVED_AS.items():
+            assert_equal(many["captured"][saved], rank["captured"][saved])
+            assert_equal(many["restored"][which], many["captured"][saved])
+        assert_equal(many["restored"]["moments"], rank["own"]["moments"])
+        assert_equal(many["end"]["moments"], ranks[0]["many"]["end"]["moments"])
 
 
 def test_as_many_ranks_continue_to_the_bit(ranks: list[dict[str, Any]]) -> None:

@@ -11,13 +11,13 @@ from distrib.config import Auto, DataConfig
 from distrib.data import sample, waiting
 from distrib.data.index import Index, open_index
 from distrib.data.loader import Batch, Loader
-from distrib.data.order import EvalPlan, TrainPlan
+from distrib.data.order import EvalPlan, TrainPlan, make_plans
 from distrib.data.quarantine import Quarantine
 from distrib.data.synthetic import SyntheticLoader
 from distrib.layout import SAMPLE, data_root, find_splits, look
 from distrib.surroundings import usable_cores
 
-__all__ = ["Batch", "EvalPlan", "Index", "Loader", "TrainPlan", "build_loader", "open_data"]
+__all__ = ["Batch", "EvalPlan", "Index", "Loader", "TrainPlan", "build_loader", "make_plans", "open_data"]
 
 
 def open_data(

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from distrib.config import TrainConfig, UserError
+
 Ids = npt.NDArray[np.int64]
 
 ROUNDS = 8
@@ -157,3 +159,20 @@ def split(whole: range, part: int, parts: int) -> range:
     """Part ``part`` of ``parts`` of a range, in sizes that differ by at most one."""
     count = len(whole)
     return whole[part * count // parts : (part + 1) * count // parts]
+
+
+def make_plans(
+    cfg: TrainConfig, seed: int, images: tuple[int, int], eval_batch: int, rank: int, world: int
+) -> tuple[TrainPlan, EvalPlan]:
+    """What rank ``rank`` of ``world`` trains on and evaluates; ``images``: to train on, and to evaluate.
+
+    Raises:
+        UserError: more ranks than images, or than images in a batch.
+    """
+    batch, (train, val) = cfg.global_batch, images
+    if world > train:
+        raise UserError(f"the {world} processes are more than the {train} training images: start fewer")
+    if world > batch:
+        raise UserError(f"train.global_batch {batch} is smaller than the {world} processes: raise it, or start fewer")
+    accumulation = min(-(-batch // (world * (cfg.micro_batch or batch))), batch // world)
+    return TrainPlan(train, batch, seed, rank, world, accumulation), EvalPlan(val, eval_batch, rank, world)

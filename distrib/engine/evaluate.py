@@ -60,7 +60,7 @@ class Evaluator:
     ) -> dict[str, float] | None:
         """Returns top1 and top5 in percent, loss and images, and the same for the EMA as ema_…; None if stopped.
 
-        All ranks count the busiest rank's rounds, to agree after each on whether somebody asked to stop; ``progress``
+        All ranks count the busiest rank's rounds, to agree meanwhile on whether somebody asked to stop; ``progress``
         hears how many of them are done. A short batch is filled up: one shape for the compiler, and the arithmetic of a
         sample never depends on the world size.
         """
@@ -90,7 +90,7 @@ class Evaluator:
         result: dict[str, float] = {}
         for name, total in sums.items():
             images_seen, top1, top5, loss, missed = runtime.sum(total).tolist()
-            if missed:  # the agreement on the stop comes a round later, and there may be none
+            if missed:  # the agreement on the stop comes rounds later, and there may be none left
                 return None
             prefix = "" if name == "model" else f"{name}_"
             result[f"{prefix}top1"] = 100 * top1 / max(images_seen, 1)

@@ -20,6 +20,7 @@ from distrib.runtime import Runtime
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 Compiler = str | Callable[..., Any]  # what torch.compile takes as its backend
+LARGEST_STRIDE = 32  # pixels of a picture for one of the last stage, rounded up, in any of the networks
 
 
 class Objective(nn.Module):
@@ -100,12 +101,13 @@ def check_batch_norm(network: nn.Module, images: int, size: int) -> None:
     """Looks for a norm that one forward of ``images`` images of ``size`` pixels gives a single value a channel.
 
     Its variance does not exist, and torch would raise in the first step. Only shapes are computed, on the meta device,
-    and only for one image: of two there are two values at least.
+    and only where it may be so, as torch's import for them takes 2 s: two images have two values at least, and of a
+    picture larger than the largest stride the last stage sees several pixels.
 
     Raises:
         UserError: there is one.
     """
-    if images > 1:
+    if images > 1 or size > LARGEST_STRIDE:
         return
 
     def look(name: str, norm: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from distrib.config import UserError
 from distrib.faults import FAILED, FINISHED, USER_ERROR
-from distrib.tools.bench import index, inference, loader, model, photos, train
+from distrib.tools.bench import exchange, index, inference, loader, model, photos, train
 
 BENCHMARKS = {
     "train": (train, "the trainer's own overhead: train.py against a bare loop"),
@@ -18,6 +18,7 @@ BENCHMARKS = {
     "loader": (loader, "our loaders against torchvision's and DALI's usual ones"),
     "inference": (inference, "evaluate and features against timm's validate.py and a plain torchvision loop"),
     "index": (index, "a large data set's file list: time to open, memory, time a step"),
+    "exchange": (exchange, "the ranks' agreement on stops: what a step loses to it, here and on 1,024 ranks"),
     "photos": (photos, "make up photographs to load, and print their folder"),
 }
 

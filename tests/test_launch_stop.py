@@ -1,0 +1,204 @@
+"""``launch stop``: on real runs of this machine, and with programs in Slurm's place."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+from fake_slurm import Fake, launch, make, slurm, state_of, writes
+
+from launch import stop
+from launch.__main__ import main
+from launch.record import Record
+
+__all__ = ["slurm"]
+
+
+# Endless, and quick to start.
+TINY = [
+    *("--config", "configs/quickstart.yaml", "data.loader=synthetic", "data.size=16", "data.eval_size=16"),
+    *("data.eval_resize=16", "data.synthetic.train=64", "data.synthetic.val=16", "train.global_batch=8"),
+    *("train.micro_batch=null", "train.eval_every_epochs=2", "log.every_steps=2", "trace=false"),
+]
+
+
+def wait_for_state(name: str, folder: Path, process: subprocess.Popen[str], capfd: Any) -> dict[str, Any]:
+    deadline = time.monotonic() + runs.TIMEOUT
+    while not folder.is_dir() or (found := state_of(folder, capfd))["state"] != name:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.3)
+    return found
+
+
+# Runs of this machine
+
+
+def test_the_life_of_a_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "runs" / "a"
+    process = runs.begin(1, folder, *TINY, "train.steps=1000000")
+    found = wait_for_state("running", folder, process, capfd)
+    assert found["steps"] == 1_000_000
+    assert found["step"] > 0
+    assert found["eta_seconds"] > 0
+    assert found["images_per_second"] > 0
+    assert not found["over"]
+
+    assert main(["stop", str(folder), "--wait"]) == 0
+    asked, saved = capfd.readouterr().out.splitlines()
+    assert asked == f"{folder}: process {process.pid} on this machine was asked to save and stop"
+    step = int(runs.newest_checkpoint(folder).stem.removeprefix("step_"))
+    newest = f"{folder}/checkpoints/step_{step:08d}.pt"
+    assert saved == f"{folder} is stopped at step {step}; newest checkpoint: {newest}"
+    runs.finish(process)
+    assert process.returncode == 75
+    assert state_of(folder, capfd)["state"] == "stopped"
+    assert not Record(folder).path.exists()  # which is the launcher's, for jobs
+
+    total = step + 3
+    runs.train(1, folder, *TINY, f"train.steps={total}")
+    found = state_of(folder, capfd)
+    assert (found["state"], found["step"], found["steps"], found["eta_seconds"]) == ("finished", total, total, None)
+    assert found["best"]["top1"] == max(record["best_top1"] for record in runs.records(folder, "eval"))
+    assert main(["stop", str(folder)]) == 0
+    assert capfd.readouterr().out == f"{folder} is finished already, at step {total}: nothing is to be stopped\n"
+
+    process = runs.begin(1, folder, *TINY, "train.steps=1000000")
+    deadline = time.monotonic() + runs.TIMEOUT
+    while state_of(folder, capfd)["step"] <= total:  # the summary of the run that finished is there still
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.3)
+    assert state_of(folder, capfd)["state"] == "running"
+    runs.kill_group(process)
+    found = state_of(folder, capfd)
+    assert (found["state"], found["reason"]) == ("lost", found["reason"])
+    assert found["reason"].endswith("was killed")
+    assert main(["status", str(folder)]) == 0
+    told = capfd.readouterr().out
+    assert f"process {process.pid} on" in told
+    assert f"newest: {folder}/checkpoints/" in told
+
+
+def test_a_signal_to_the_writer_stops_all_ranks(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "runs" / "a"
+    process = launch("local", "--procs", "2", *TINY, "train.steps=1000000", f"run.dir={folder}")
+    try:
+        wait_for_state("running", folder, process, capfd)
+        assert main(["stop", str(folder)]) == 0
+        out, err = process.communicate(timeout=runs.TIMEOUT)
+    finally:
+        if process.poll() is None:
+            runs.kill_group(process)
+    assert process.returncode == 75, out + err
+    assert state_of(folder, capfd)["state"] == "stopped"
+
+
+# Jobs
+
+
+@pytest.mark.parametrize(
+    ("job", "state", "began", "call"),
+    [
+        ("7", "RUNNING", True, "--signal=USR2 7"),
+        ("7", "RUNNING", False, "--signal=USR2 7"),
+        ("12_3", "RUNNING", True, "--signal=USR2 12_3"),
+        ("7", "PENDING", False, "7"),
+        ("7", "PENDING", True, "7"),
+        ("12_3", "PENDING", False, "12_3"),
+    ],
+)
+def test_stops_a_job(
+    job: str, state: str, began: bool, call: str, slurm: Fake, capfd: pytest.CaptureFixture[str]
+) -> None:
+    record = make("a", job, step=40)
+    if began:
+        record.add("began", {"job": job, "restart": 0, "nodes": "n1"})
+    slurm.says("squeue", f"{job}|{state}|N/A|N/A||None\n")
+    assert main(["stop", "a"]) == 0
+    out, err = capfd.readouterr()
+    assert (out.count("\n"), err) == (1, "")
+    assert f"job {job} of a " in out
+    assert slurm.calls("scancel") == [call]
+    assert record.stop.exists()
+    waits = "requeued" if began else "queued"
+    assert state_of(Path("runs"), capfd)["state"] == ("stopping" if state == "RUNNING" else waits)
+
+
+def test_what_scancel_refuses_is_told(slurm: Fake, capfd: pytest.CaptureFixture[str]) -> None:
+    make("a", "7")
+    slurm.says("squeue", "7|RUNNING|N/A|N/A|n1|None\n")
+    slurm.says("scancel", err="scancel: error: Kill job error on job id 7: Access/permission denied\n", code=1)
+    assert main(["stop", "a"]) == 2
+    assert capfd.readouterr().err == (
+        "error: scancel --signal=USR2 7: scancel: error: Kill job error on job id 7: Access/permission denied\n"
+    )
+
+
+def test_waits_until_a_job_has_stopped(
+    slurm: Fake, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stop, "WAIT_SECONDS", 0.1)
+    record = make("a", "7", step=40)
+    record.add("began", {"job": "7", "restart": 0, "nodes": "n1"})
+    writes(record)
+    slurm.says("squeue", "7|RUNNING|N/A|N/A|n1|None\n")
+
+    def end() -> None:
+        while not slurm.calls("scancel"):
+            time.sleep(0.01)
+        record.add("ended", {"job": "7", "restart": 0, "code": 75, "step": 41, "reason": "stopped", "then": "over"})
+        (record.run / "writer.json").unlink()
+        (record.run / "checkpoints").mkdir()
+        (record.run / "checkpoints" / "step_00000041.pt").touch()
+        slurm.says("squeue")
+
+    ending = threading.Thread(target=end)
+    ending.start()
+    assert main(["stop", "a", "--wait"]) == 0
+    ending.join()
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[1] == f"a is stopped at step 40; newest checkpoint: {record.run}/checkpoints/step_00000041.pt"
+
+
+@pytest.mark.parametrize("command", ["status", "logs", "stop"])
+@pytest.mark.parametrize(
+    ("word", "part"),
+    [
+        ("nothing", "there is no run 'nothing', here or below runs"),
+        ("4711", "no run below runs knows a job 4711"),
+        ("sweep", "sweep is no run's folder: name one of those in it, such as sweep/x"),
+        ("12", "job 12 has 2 runs below runs: name one of them, such as 12_0"),
+        ("", "there is no run ''"),
+    ],
+)
+def test_a_run_that_is_not_there(
+    command: str, word: str, part: str, slurm: Fake, capfd: pytest.CaptureFixture[str]
+) -> None:
+    make("sweep/x", "12_0")
+    make("sweep/y", "12_1")
+    assert main([command, word]) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert part in err
+
+
+def test_a_job_that_is_gone_is_not_stopped(slurm: Fake, capfd: pytest.CaptureFixture[str]) -> None:
+    record = make("a", "7", step=40)
+    assert main(["stop", "a"]) == 0
+    assert capfd.readouterr().out == "a is lost already, at step 40: nothing is to be stopped\n"
+    assert slurm.calls("scancel") == []
+    assert not record.stop.exists()
+
+
+def test_a_writer_elsewhere_is_named(slurm: Fake, capfd: pytest.CaptureFixture[str]) -> None:
+    writes(make("a", step=40))
+    assert main(["stop", "a"]) == 2
+    assert "a is written by process 4242 on n1: stop it there, by `kill -TERM 4242`" in capfd.readouterr().err
