@@ -103,10 +103,6 @@ class Hosts:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 shell.wait(0.1)
 
-    def cut(self, name: str) -> None:
-        """Takes a host off the network; it lives on."""
-        self._on("switch", f"ip link set {name} down")
-
     def stop(self) -> None:
         """Ends everything. May be called at any time, and again."""
         for name in list(self._shells):

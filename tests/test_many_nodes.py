@@ -207,3 +207,26 @@ def test_a_node_joins_and_another_dies(cluster: Cluster) -> None:
     assert {step: [sample for sample, _ in batch] for step, batch in batches.items()} == expected
     worlds = [len(lines) for lines in runs.trace(cluster.run, 2)]
     assert worlds[1] == went_on - joined  # two ranks did these
+
+
+@needs_hosts
+def test_a_node_that_is_asked_to_stop_leaves_the_others(cluster: Cluster) -> None:
+    """It ends with 75 and they go on where it left; when the host of the meeting stops, all end with 75."""
+    words = ("train.steps=2000", "train.eval_every_epochs=50")
+    first, second = (cluster.launch(host, "1:2", *words) for host in cluster.hosts.names)
+    cluster.wait(lambda: runs.steps_traced(cluster.run) >= 5, first, second)
+    cluster.hosts.signal(second, signal.SIGTERM)
+    assert cluster.end(second) == STOPPED, cluster.told()
+    cluster.wait(lambda: "continuing" in cluster.printed("h1"), first)
+    left = re.findall(r"stopped at step (\d+), everything is saved", cluster.told())
+    assert left == re.findall(r"continuing .*: step (\d+) of", cluster.printed("h1"))
+    assert "workers are started again: a node came or left; everything is saved" in cluster.printed("h1")
+
+    cluster.wait(lambda: runs.steps_traced(cluster.run) >= int(left[0]) + 5, first)
+    second = cluster.launch("h2", "1:2", *words)
+    cluster.wait(lambda: len(re.findall("continuing", cluster.told())) == 2, first, second)
+    cluster.wait(lambda: len(runs.trace(cluster.run, 2)[1]) > int(left[0]), first, second)
+    cluster.hosts.signal(first, signal.SIGTERM)
+    assert [cluster.end(first), cluster.end(second)] == [STOPPED, STOPPED], cluster.told()
+    steps = sorted(runs.global_batches(cluster.run, 2))
+    assert steps == list(range(1, len(steps) + 1))
