@@ -66,10 +66,11 @@ def main(argv: Sequence[str]) -> int:
 
 def _change_torchrun(elastic: bool) -> None:
     """Has torchrun use our agent and heed one signal. It offers no way to choose either; a test says if they move."""
-    last_words = (USER_ERROR,) if elastic else (STOPPED, USER_ERROR)
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing import api
     from torch.distributed.launcher import api as launcher
+
+    last_words = (USER_ERROR,) if elastic else (STOPPED, USER_ERROR)
 
     class Agent(LocalElasticAgent):
         """torchrun's, but it knows what the workers' exit codes mean."""
@@ -123,7 +124,8 @@ def _tell_restart(worker_group: Any) -> None:
         reason = "; ".join(failed) or "they failed"
     print(f"workers are started again: {reason}", file=sys.stderr, flush=True)
     if path:
-        with contextlib.suppress(OSError), open(f"{path}.restarts", "a", errors="backslashreplace") as file:
+        restarts = Path(f"{path}.restarts")
+        with contextlib.suppress(OSError), restarts.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {reason}\n")
 
 
@@ -131,7 +133,7 @@ def _forget() -> None:
     """Forgets what the workers of the last start said, as they were stopped too."""
     if path := os.environ.get(EXIT_CODE_FILE):
         with contextlib.suppress(OSError):
-            Path(path).unlink(missing_ok=True)
+            Path(path).unlink()
 
 
 def _report(rank: int, message: str) -> None:

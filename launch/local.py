@@ -22,7 +22,7 @@ from launch.nodes import add_options, read_meeting
 def main(argv: Sequence[str], train: Path = TRAIN) -> int:
     """Trains with torchrun on this machine; returns 0 finished, 75 stopped with all saved, 1 failed.
 
-    With --nnodes this machine is one of several; each has its own launcher, and all ends alike.
+    With --nnodes this machine is one of several; each has a launcher of its own.
 
     Raises:
         UserError: a mistake that can be seen before a process starts.

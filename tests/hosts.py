@@ -1,6 +1,6 @@
 """Several hosts on this machine, for tests: namespaces with a network, processes and a name of their own. Needs root.
 
-    with Hosts(2) as hosts:
+    with Hosts(2, tmp_path) as hosts:
         process = hosts.begin("h1", ["hostname"], stdout=subprocess.PIPE, text=True)
 
 The first process of a host is a shell that waits. The kernel ends whatever is in the host with it, so ``crash`` is a
@@ -43,7 +43,7 @@ def available() -> str:
 
 
 class Hosts:
-    """``count`` hosts h1, h2, …, with the addresses 10.0.0.1, … on one switch.
+    """``count`` hosts h1, h2, …, with the addresses 10.0.0.1, … on one switch; ``folder`` is for their files.
 
     The thread that starts them must live as long as they do: the kernel ends them with it.
     """
