@@ -16,13 +16,14 @@ Who asks for a state gets the first row that fits. "The job" is the one of the r
                                                                 cancelled where it or Slurm says so; an end with 0
                                                                 without a summary is none: failed, or stopped
                                                                 where that was asked for
-    Slurm calls the job cancelled                               cancelled; stopped where a stop was asked for
+    Slurm calls the job cancelled, or does not have one that    cancelled; stopped where a stop was asked for
+      waited when a stop was asked for
     the summary covers, and says finished or diverged           that
-    Slurm calls it lost with its node or preempted, and cannot  requeued
-      say whether it is in the queue again
+    Slurm's accounts call it preempted, or lost with its node,  requeued
+      and its queue, where it may be again, does not answer
     Slurm calls it failed, timed out, …                         failed, with Slurm's word
-    it was to be queued again, and Slurm can say that it is not lost
-    it never began                                              lost; queued where Slurm cannot say
+    it was to be queued again, and the queue has it not         lost; requeued where Slurm does not answer
+    it never began                                              lost; queued where Slurm does not answer
     the summary covers                                          what it says: finished, stopped or diverged
     the writer is gone and left its name                        lost
     nobody writes, and no summary covers                        failed
@@ -186,7 +187,10 @@ def _ended(seen: Seen, job: str, slurm: Slurm) -> tuple[str, str]:
         if code in (FINISHED, STOPPED):
             return "stopped", reason if code == STOPPED else "before it began"
         return ("diverged" if covered == "diverged" else "failed"), reason or f"exit code {code}"
-    if slurms == "CANCELLED":
+    waited = then == "requeued" or (seen.last("began", job) is None and end is None)
+    # Of a job, or an array's element, that was cancelled before it began Slurm's accounts may say nothing.
+    taken_out = seen.stop and waited and not slurms and slurm.queue is not None
+    if slurms == "CANCELLED" or taken_out:
         return ("stopped", "it was taken out of Slurm") if seen.stop else ("cancelled", "")
     if covered in ("finished", "diverged"):
         return covered, ""
@@ -199,7 +203,7 @@ def _ended(seen: Seen, job: str, slurm: Slurm) -> tuple[str, str]:
         if slurm.queue is None:
             return "requeued", ""
         return "lost", f"it was to go on as job {job}, which Slurm does not have any more"
-    if seen.last("began", job) is None and end is None and not slurms:
+    if waited and not slurms:
         if slurm.queue is None:
             return "queued", ""
         return "lost", f"job {job} never began, and Slurm does not have it any more"

@@ -18,6 +18,7 @@ from launch.survey import View, survey
 
 WAIT_SECONDS = 4.0  # between looks while waiting: each asks Slurm
 SCANCEL_SECONDS = 30.0
+STEP_SECONDS = 30.0  # that a job's script may take from its start to its first step
 
 
 def main(argv: Sequence[str], train: Path) -> int:
@@ -71,8 +72,15 @@ def _ask(view: View) -> str:
         _scancel(state.job)
         saved = "; what it has trained is saved" if run.step else ", before it began"
         return f"job {state.job} of {run.name} was taken out of the queue{saved}"
+    deadline = time.monotonic() + STEP_SECONDS
     # Without --batch and --full it reaches the tasks of all steps, and not the script, which must outlive them.
-    _scancel("--signal=USR2", state.job)
+    while not _scancel("--signal=USR2", state.job):
+        (view,) = survey([run.path])
+        if view.settled:
+            return f"{run.name} has just ended"
+        if time.monotonic() > deadline:
+            raise UserError(f"job {state.job} runs nothing yet that could be asked to stop: try again in a moment")
+        time.sleep(STEP_SECONDS / 30)
     return f"job {state.job} of {run.name} was asked to save and stop"
 
 
@@ -85,7 +93,12 @@ def _ask_record(view: View) -> None:
         raise UserError(f"cannot write {file}: {error.strerror}: stop it as the user who runs it") from None
 
 
-def _scancel(*words: str) -> None:
+def _scancel(*words: str) -> bool:
+    """Calls scancel; False where the job has no step that could hear a signal: not yet, or not any more.
+
+    Raises:
+        UserError: it cannot be called, or refuses.
+    """
     try:
         done = subprocess.run(
             ["scancel", *words],
@@ -100,9 +113,11 @@ def _scancel(*words: str) -> None:
         raise UserError(f"scancel {' '.join(words)} gave no answer within {SCANCEL_SECONDS:g} s: try again") from None
     except OSError as error:
         raise UserError(f"scancel cannot be started: {error.strerror}") from None
-    if done.returncode != 0:
-        said = done.stderr.strip().splitlines()
-        raise UserError(f"scancel {' '.join(words)}: {said[-1] if said else f'exit code {done.returncode}'}")
+    said = done.stderr.strip()
+    # "Already done" is what Slurm calls it, in words or by the exit code alone.
+    if done.returncode != 0 and said and "already completing or completed" not in said:
+        raise UserError(f"scancel {' '.join(words)}: {said.splitlines()[-1]}")
+    return done.returncode == 0
 
 
 def _signal(view: View) -> str:

@@ -133,6 +133,9 @@ S, B = submitted(), began()
         (Seen([S, B], step=5), past("CANCELLED"), "cancelled", ""),
         (Seen([S], stop=True), past("CANCELLED"), "stopped", "taken out"),
         (Seen([S]), past("CANCELLED"), "cancelled", ""),
+        (Seen([S], stop=True), GONE, "stopped", "taken out"),  # a Slurm without accounts
+        (Seen([S], stop=True), NONE, "queued", "Slurm does not answer"),
+        (Seen([S, B, ended(75, "requeued")], stop=True), GONE, "stopped", "taken out"),
         (Seen([S, B], step=5), past("OUT_OF_MEMORY", code="0:125"), "failed", "OUT_OF_MEMORY, exit code 0"),
         (Seen([S]), past("FAILED", code="127:0"), "failed", "Slurm says FAILED, exit code 127"),
         (Seen([S, B], step=5, writer=SILENT), past("TIMEOUT"), "failed", "TIMEOUT"),

@@ -140,6 +140,33 @@ def test_what_scancel_refuses_is_told(slurm: Fake, capfd: pytest.CaptureFixture[
     )
 
 
+@pytest.mark.parametrize(
+    "words", ["", "scancel: error: Kill job error on job id 7: Job/step already completing or completed"]
+)
+def test_a_job_whose_ranks_have_not_begun_is_asked_again(
+    words: str, slurm: Fake, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make("a", "7")
+    slurm.says("squeue", "7|RUNNING|N/A|N/A|n1|None\n")
+    slurm.says("scancel", err=words, code=229)
+    monkeypatch.setattr(stop, "STEP_SECONDS", 0.5)
+    assert main(["stop", "a"]) == 2
+    assert "job 7 runs nothing yet that could be asked to stop: try again in a moment" in capfd.readouterr().err
+    monkeypatch.setattr(stop, "STEP_SECONDS", 30.0)
+
+    def begin() -> None:
+        calls = len(slurm.calls("scancel"))
+        while len(slurm.calls("scancel")) < calls + 1:
+            time.sleep(0.01)
+        slurm.says("scancel")
+
+    beginning = threading.Thread(target=begin)
+    beginning.start()
+    assert main(["stop", "a"]) == 0
+    beginning.join()
+    assert capfd.readouterr().out == "job 7 of a was asked to save and stop\n"
+
+
 def test_waits_until_a_job_has_stopped(
     slurm: Fake, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
