@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from distrib import checkpoint, words
+from distrib.alike import check_alike
 from distrib.checkpoint import Checkpointer, check_room
 from distrib.config import Config, UserError, settled
 from distrib.data import EvalPlan, Loader, TrainPlan, build_loader, make_plans, open_data
@@ -297,6 +298,7 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
     config = asked.config
     runtime = start(asked.place, STOP, config.data.wait_minutes)
     runtime.on_each(lambda: check_network(config))
+    check_alike(config, runtime)
     device, precision = runtime.device, effective_precision(config.train.precision, runtime.device)
     set_up_device(device, precision, config.train.deterministic)
     say = partial(print, file=sys.stdout if runtime.is_main else sys.stderr, flush=True)

@@ -205,10 +205,12 @@ def start(place: Place = Place(), stop: StopSignals | None = None, wait_minutes:
                 )
                 control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
         except RuntimeError as error:  # torch's own kinds for a store and for sockets are RuntimeErrors
+            way_out = "start them all, with the same MASTER_ADDR and a free MASTER_PORT"
+            if "remote=[127." in str(error) and not host.startswith(("127.", "localhost")):
+                # gloo listens where the host's own name leads: some systems give that one an address of the loopback.
+                way_out = "a host's own name leads to 127.…; set GLOO_SOCKET_IFNAME to the interface of the network"
             raise UserError(
-                f"rank {rank} did not meet {meeting}: {_first_line(error)}: start them all, with the same MASTER_ADDR "
-                "and a free MASTER_PORT",
-                everywhere=False,
+                f"rank {rank} did not meet {meeting}: {_first_line(error)}: {way_out}", everywhere=False
             ) from None
     return Runtime(rank, world, local_rank, local_world, device, control)
 

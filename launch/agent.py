@@ -7,6 +7,9 @@ workers' reports and says how it ended. ``LOGLEVEL=INFO`` brings torchrun's word
 With ``--max-restarts`` torchrun starts workers again after any exit code but 0. Here a rank that stopped on request or
 found a mistake of the user's ends the run, and why workers are started again is written beside their reports.
 
+With ``--nnodes=MIN:MAX`` nodes may come and go. All ranks stop for that, with everything saved, as on a request; the
+nodes that stay then go on, and a node that was asked to stop is one that goes. That uses up no restart.
+
 Slurm sends a job's signals to each of its processes, some twice: torchrun heeds the first one only.
 """
 
@@ -42,9 +45,11 @@ def main(argv: Sequence[str]) -> int:
 
     if "LOGLEVEL" not in os.environ:
         logging.disable(logging.ERROR)
-    _change_torchrun()
+    args = torchrun.parse_args(list(argv))
+    least, most = torchrun.parse_min_max_nnodes(args.nnodes)
+    _change_torchrun(elastic=least < most)
     try:
-        torchrun.run(torchrun.parse_args(list(argv)))
+        torchrun.run(args)
     except (SignalException, _Over):
         return FAILED  # whether all is saved, the workers' reports say
     except ChildFailedError as error:
@@ -53,26 +58,34 @@ def main(argv: Sequence[str]) -> int:
             _report(rank, f"rank {rank} was killed by {failure.signal_name()}")
         return FAILED
     except Exception as error:
-        if not _over():  # else the node where the agents met has left before us
+        if not _over(STOPPED, USER_ERROR):  # else the node where the agents met has left before us
             print(f"error: torchrun: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
         return FAILED
     return FINISHED
 
 
-def _change_torchrun() -> None:
+def _change_torchrun(elastic: bool) -> None:
     """Has torchrun use our agent and heed one signal. It offers no way to choose either; a test says if they move."""
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing import api
     from torch.distributed.launcher import api as launcher
 
+    last_words = (USER_ERROR,) if elastic else (STOPPED, USER_ERROR)
+
     class Agent(LocalElasticAgent):
         """torchrun's, but it knows what the workers' exit codes mean."""
 
         def _restart_workers(self, worker_group: Any) -> None:
-            if _over():
+            if _over(*last_words):
                 raise _Over
+            if worker_group.state.name == "FAILED" and _all_stopped():
+                self._remaining_restarts += 1  # torchrun has just counted one
             _tell_restart(worker_group)
             super()._restart_workers(worker_group)
+
+        def _start_workers(self, worker_group: Any) -> dict[int, Any]:
+            _forget()  # not sooner: where the nodes do not meet again, these were the last words
+            return dict(super()._start_workers(worker_group))
 
     handler = api._terminate_process_handler
 
@@ -85,28 +98,42 @@ def _change_torchrun() -> None:
     setattr(api, "_terminate_process_handler", once)  # noqa: B010
 
 
-def _over() -> bool:
-    """Whether a worker said that it stopped on request, or that the user has something to mend."""
-    return any(report.code in (STOPPED, USER_ERROR) for report in _reports().values())
+def _over(*codes: int) -> bool:
+    """Whether a worker said one of these codes: that it stopped on request, or that the user has something to mend."""
+    return any(report.code in codes for report in _reports().values())
+
+
+def _all_stopped() -> bool:
+    """Whether all workers that said anything stopped with everything saved."""
+    reports = _reports()
+    return bool(reports) and all(report.code == STOPPED for report in reports.values())
 
 
 def _tell_restart(worker_group: Any) -> None:
-    """Says on stderr, and in the file beside the reports, why workers are started again; forgets their reports."""
+    """Says on stderr, and in the file beside the reports, why workers are started again."""
     path, reports = os.environ.get(EXIT_CODE_FILE), _reports()
     killed = [w.global_rank for w in worker_group.workers if w.global_rank not in reports]  # the others have ended
     failed = [f"rank {rank}: {report.message}"[:LONGEST] for rank, report in sorted(reports.items()) if report.message]
     if worker_group.state.name == "HEALTHY":
-        reason = "another node's workers are started again"
+        reason = "another node joins, or its workers are started again"
+    elif _all_stopped():
+        reason = "a node came or left; everything is saved"
     elif killed:
         reason = f"rank {', '.join(map(str, killed))} was killed"
     else:
         reason = "; ".join(failed) or "they failed"
     print(f"workers are started again: {reason}", file=sys.stderr, flush=True)
     if path:
+        restarts = Path(f"{path}.restarts")
+        with contextlib.suppress(OSError), restarts.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {reason}\n")
+
+
+def _forget() -> None:
+    """Forgets what the workers of the last start said, as they were stopped too."""
+    if path := os.environ.get(EXIT_CODE_FILE):
         with contextlib.suppress(OSError):
-            with open(f"{path}.restarts", "a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {reason}\n")
-            Path(path).unlink(missing_ok=True)
+            Path(path).unlink()
 
 
 def _report(rank: int, message: str) -> None:

@@ -22,6 +22,9 @@ TORCHRUN, AGENT = "torch.distributed.run", "launch.agent"
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
 
 
+LAST_CALL = 10  # seconds that agents wait for more nodes, once there are enough
+
+
 @dataclass(frozen=True)
 class Command:
     """One process to start: its words, and what its environment has more than ours."""
@@ -56,7 +59,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Meeting:
-    """Where the agents of several nodes meet, as one of them sees it."""
+    """Where the agents of several nodes meet, as one of them sees it.
+
+    ``least`` below ``nodes``: nodes may come and go, as long as there are so many.
+    """
 
     nodes: int
     host: str
@@ -65,13 +71,18 @@ class Meeting:
     is_host: bool  # whether this node keeps the meeting
     address: str  # of this node, for the others
     restarts: int = 0  # how often workers may be started again
+    least: int | None = None
 
     def words(self) -> list[str]:
         """torchrun's options."""
+        elastic = self.least is not None and self.least < self.nodes
+        # torchrun would wait 30 s for more nodes at each start; who comes later than this is taken in as it comes.
+        last_call = f",last_call_timeout={LAST_CALL}" if elastic else ""
         return [
-            *(f"--nnodes={self.nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={self.host}:{self.port}"),
+            f"--nnodes={f'{self.least}:' if elastic else ''}{self.nodes}",
+            *("--rdzv-backend=c10d", f"--rdzv-endpoint={self.host}:{self.port}"),
             # Said, not left to torchrun: it compares names and addresses, which containers and aliases change.
-            *(f"--rdzv-id={self.name}", f"--rdzv-conf=is_host={int(self.is_host)}"),
+            *(f"--rdzv-id={self.name}", f"--rdzv-conf=is_host={int(self.is_host)}{last_call}"),
             *(f"--local-addr={self.address}", f"--max-restarts={self.restarts}"),
         ]
 

@@ -1,4 +1,4 @@
-"""``launch local``: checks the configuration, then trains through torchrun on this machine."""
+"""``launch local``: checks the configuration, then trains through torchrun on this machine, or on several by hand."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ from distrib.options import Parser, parse_start, positive
 from distrib.surroundings import ForgivingStream, usable_cores
 from launch.child import run
 from launch.command import FINISHED, TRAIN, build_torchrun
+from launch.nodes import add_options, read_meeting
 
 
 def main(argv: Sequence[str], train: Path = TRAIN) -> int:
     """Trains with torchrun on this machine; returns 0 finished, 75 stopped with all saved, 1 failed.
+
+    With --nnodes this machine is one of several; each has a launcher of its own.
 
     Raises:
         UserError: a mistake that can be seen before a process starts.
@@ -31,7 +34,8 @@ def main(argv: Sequence[str], train: Path = TRAIN) -> int:
         prog="python -m launch local",
         description="Train on this machine. The same command again continues the run.",
     )
-    parser.add_argument("--procs", type=positive, required=True, metavar="N", help="processes: one for each GPU")
+    parser.add_argument("--procs", type=positive, required=True, metavar="N", help="processes: one for each GPU here")
+    add_options(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the command and start nothing")
     args = parse_start(parser, argv)
 
@@ -39,14 +43,16 @@ def main(argv: Sequence[str], train: Path = TRAIN) -> int:
     if args.print_config:
         print_config(config)
         return FINISHED
-    check_batch(config, args.procs)
+    meeting = read_meeting(args, config.run.name)
+    world = args.procs * (meeting.nodes if meeting else 1)
+    check_batch(config, world)
     asked = [*(["--fresh"] if args.fresh else []), *(["--resume", "must"] if args.resume == "must" else [])]
     words = [*asked, *args.overrides]
-    command = build_torchrun(args.procs, args.config, words, os.environ, usable_cores(), train)
+    command = build_torchrun(args.procs, args.config, words, os.environ, usable_cores(), train, meeting)
     if args.dry_run:  # perhaps on a machine that has not the data
         print(command)
         return FINISHED
-    check_data(config, args.procs)
+    check_data(config, world)
     print(command, flush=True)
     if not train.is_file():
         raise UserError(f"{train} is missing: install distrib again, or restore it in the checkout")

@@ -16,6 +16,7 @@ LAYERS = (
     ("train", "distrib.tools", "distrib.__main__"),
     ("distrib.trained",),
     (
+        "distrib.alike",
         "distrib.engine",
         "distrib.checkpoint",
         "distrib.folder",
