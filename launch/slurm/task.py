@@ -19,8 +19,6 @@ from distrib.surroundings import settle, usable_cores
 from launch.child import run
 from launch.command import FAILED, STOPPED, USER_ERROR, Command, Meeting, build_torchrun
 
-SAVE_SECONDS = "600"  # from a signal to SIGKILL; Slurm's own patience is shorter and known better by its administrator
-
 
 @dataclass(frozen=True)
 class Task:
@@ -39,7 +37,6 @@ class Task:
         """The process to start, from Slurm's variables."""
         element = int(environ.get("SLURM_ARRAY_TASK_ID", 0))
         config, words = self.configs[element], self.words[element]
-        environ = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": SAVE_SECONDS, **environ}
         if self.form == "gpu":  # train.py finds its place by Slurm's variables
             threads = {} if "OMP_NUM_THREADS" in environ else {"OMP_NUM_THREADS": str(max(1, cores))}
             return Command((sys.executable, self.train, "--config", config, *words), threads)
@@ -57,8 +54,10 @@ class Task:
         settle()
         share = os.environ.get("SLURM_CPUS_PER_TASK", "")
         cores = min(usable_cores(), int(share)) if share.isdecimal() and int(share) else usable_cores()
-        reports = os.environ.get("DISTRIB_REPORTS")
-        file = Path(reports, os.environ.get("SLURMD_NODENAME", "node")) if reports else None
+        reports, name = os.environ.get("DISTRIB_REPORTS"), os.environ.get("SLURMD_NODENAME", "node")
+        if self.form == "gpu":  # the other ranks' words must not be taken for this one's
+            name += f".{os.environ['SLURM_PROCID']}"
+        file = Path(reports, name) if reports else None
         made = self.command(os.environ, cores)
         print(made, flush=True)
         outcome = run(made, self.procs if self.form == "node" else 1, os.environ, file)
