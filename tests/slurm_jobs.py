@@ -35,6 +35,11 @@ class Job:
     def state(self) -> str:
         return self.cluster.job(self.number)["JobState"]
 
+    def minutes(self) -> int:
+        """How long the newest start has run, in whole minutes."""
+        hours, minutes, _ = self.cluster.job(self.number)["RunTime"].split(":")
+        return 60 * int(hours) + int(minutes)
+
     def restarts(self) -> int:
         return int(self.cluster.job(self.number)["Restarts"])
 

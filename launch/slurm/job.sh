@@ -114,7 +114,7 @@ requeue() {
 # ended CODE REASON THEN: says so in the record and ends this script.
 ended() {
     event ended "\"code\": $1, \"step\": $(newest_step), \"reason\": $(quoted "$2"), \"then\": \"$3\""
-    [ "$3" = requeued ] || echo "$2"
+    [ "$3" = requeued ] || printf '%s\n' "$2"
     exit "$1"
 }
 
@@ -145,7 +145,7 @@ reason() {
         said=$(cat "$DISTRIB_REPORTS"/* 2>/dev/null | awk -v code="$1" '$1 ~ /^[0-9]+$/ && $2 == code { rank = $1; $1 = $2 = ""
             sub(/^ +/, ""); print "rank " rank ": " ($0 == "" ? "exit code " code : $0); exit }')
         bad=$(sed -n 1p "$DISTRIB_BAD_HOSTS_FILE" 2>/dev/null)
-        echo "${said:-${bad:-a rank was killed, or its node was lost}}"
+        printf '%s\n' "${said:-${bad:-a rank was killed, or its node was lost}}"
         ;;
     esac
 }

@@ -71,14 +71,16 @@ def find_meeting(environ: Mapping[str, str], nodes: int, restarts: int) -> Meeti
     """Where this node's torchrun meets those of the others, from Slurm's variables.
 
     The port and the name are of one start of one job: several may share a node, and a requeued one may come back
-    before the network has forgotten it. Ephemeral ports begin at 32768.
+    before the network has forgotten it. Ephemeral ports begin at 32768. Where another program has the port, the next
+    start has another one.
     """
     start = f"{environ['SLURM_JOB_ID']}.{environ.get('SLURM_RESTART_COUNT', 0)}"
+    place = f"{environ.get('DISTRIB_SUBMISSION', '')}.{start}"  # nodes may serve two clusters, which count alike
     host = first_host(environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"])
     return Meeting(
         nodes=nodes,
         host=host,
-        port=20000 + zlib.crc32(start.encode()) % 10000,
+        port=20000 + zlib.crc32(place.encode(errors="surrogateescape")) % 10000,
         name=start,
         is_host=environ.get("SLURM_NODEID", "0") == "0",
         address=environ.get("SLURMD_NODENAME", host),
