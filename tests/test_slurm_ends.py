@@ -75,7 +75,7 @@ def test_a_crash_loop_ends_and_says_at_which_step(cluster: Cluster, tmp_path: Pa
     job.until_started(1)
     assert job.until_over() == "FAILED"
     assert job.ends() == [(1, "requeued"), (1, "over")]
-    reason = "failed 2 times at step 10 without a newer checkpoint: rank 0: rank 0 was killed by SIGKILL"
+    reason = "failed 2 times at step 10 without a newer checkpoint: rank 0 was killed by SIGKILL"
     assert [event["step"] for event in job.events("ended")] == [10, 10]
     assert job.events("ended")[1]["reason"] == reason
     assert job.starts() == 4  # torchrun's within each start of the job

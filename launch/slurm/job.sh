@@ -143,7 +143,8 @@ reason() {
     75) echo "asked to stop: preempted, or the time was up" ;;
     *)
         said=$(cat "$DISTRIB_REPORTS"/* 2>/dev/null | awk -v code="$1" '$1 ~ /^[0-9]+$/ && $2 == code { rank = $1; $1 = $2 = ""
-            sub(/^ +/, ""); print "rank " rank ": " ($0 == "" ? "exit code " code : $0); exit }')
+            sub(/^ +/, ""); if ($0 !~ /^rank /) $0 = "rank " rank ": " ($0 == "" ? "exit code " code : $0)
+            print; exit }')
         bad=$(sed -n 1p "$DISTRIB_BAD_HOSTS_FILE" 2>/dev/null)
         printf '%s\n' "${said:-${bad:-a rank was killed, or its node was lost}}"
         ;;

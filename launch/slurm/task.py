@@ -17,7 +17,7 @@ from pathlib import Path
 from distrib.place import first_host
 from distrib.surroundings import settle, usable_cores
 from launch.child import run
-from launch.command import FAILED, STOPPED, USER_ERROR, Command, Meeting, build_torchrun
+from launch.command import FAILED, STOPPED, USER_ERROR, Command, Meeting, Outcome, build_torchrun
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,10 @@ class Task:
         made = self.command(os.environ, cores)
         print(made, flush=True)
         outcome = run(made, self.procs if self.form == "node" else 1, os.environ, file)
+        if self.form == "gpu" and outcome.code == FAILED and file is not None and not file.exists():
+            line = f"rank {os.environ['SLURM_PROCID']} was killed"
+            file.write_text(f"{os.environ['SLURM_PROCID']} {FAILED} {line}\n", encoding="utf-8")
+            outcome = Outcome(FAILED, f"error: {line}")
         if outcome.message and outcome.code != STOPPED:
             print(outcome.message, file=sys.stderr, flush=True)
         if outcome.code in (FAILED, USER_ERROR):
