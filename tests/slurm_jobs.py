@@ -21,6 +21,8 @@ from launch.record import Record
 SECONDS = 240  # for anything that a job does: a start takes 10 s on a machine of two cores that has nothing else to do
 RANK, AGENT, TASK, SCRIPT = "train.py", "launch.agent", "submitit.core", "slurm_script"  # in their commands
 HEADER = "--- "  # before what a rank prints in one start
+# A plain 1 is taken for torchrun's default, and a node's rank then uses all cores of this machine, which the nodes share.
+ONE_THREAD = {"OMP_NUM_THREADS": "1,1"}
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 
 
@@ -143,7 +145,7 @@ def submit(cluster: Cluster, folder: Path, *words: str, **environ: str) -> Job:
     done = subprocess.run(
         [*command, "--cpus-per-node=2", *words, *runs.SMALL, f"run.dir={folder}"],
         cwd=runs.ROOT,
-        env={**cluster.environ, "OMP_NUM_THREADS": "1", **environ},
+        env={**cluster.environ, **ONE_THREAD, **environ},
         capture_output=True,
         text=True,
         timeout=SECONDS,

@@ -7,6 +7,7 @@ to the ranks, which agree, save and say so in their reports; what follows from t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import zlib
@@ -62,8 +63,9 @@ class Task:
         print(made, flush=True)
         outcome = run(made, self.procs if self.form == "node" else 1, os.environ, file)
         if self.form == "gpu" and outcome.code == FAILED and file is not None and not file.exists():
-            line = f"rank {os.environ['SLURM_PROCID']} was killed"
-            file.write_text(f"{os.environ['SLURM_PROCID']} {FAILED} {line}\n", encoding="utf-8")
+            line = f"rank {os.environ['SLURM_PROCID']} was killed, or could not begin"
+            with contextlib.suppress(OSError):
+                file.write_text(f"{os.environ['SLURM_PROCID']} {FAILED} {line}\n", encoding="utf-8")
             outcome = Outcome(FAILED, f"error: {line}")
         if outcome.message and outcome.code != STOPPED:
             print(outcome.message, file=sys.stderr, flush=True)
