@@ -81,15 +81,41 @@ def test_a_run_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("squeue", "free"),
-    [("12|RUNNING", False), ("12|PENDING", False), ("12|COMPLETED", True), ("13|RUNNING", True), ("", True)],
+    ("squeue", "expected"),
+    [
+        (
+            "echo '12|RUNNING|N/A|N/A|n1|None'",
+            "job 12 of .*/run is running already: `python -m launch stop .*` stops it",
+        ),
+        ("echo '12|PENDING|N/A|N/A||Priority'", "job 12 of .*/run is pending already"),
+        ("echo '12|COMPLETED|N/A|N/A|n1|None'", None),
+        ("echo '13|RUNNING|N/A|N/A|n1|None'", None),
+        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", None),
+        ("echo 'Unable to contact slurm controller' >&2; exit 1", "nobody can tell whether job 12 is over .*try again"),
+    ],
 )
-def test_a_job_of_the_run_is_there(squeue: str, free: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_of_the_run_is_there(
+    squeue: str, expected: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     record = Record(tmp_path / "run")
+    check_alone(record)  # without jobs nobody is asked
     record.add("submitted", {"job": "12"})
-    monkeypatch.setattr("launch.slurm.check.ask", lambda *words: f"{squeue}\n")
-    if free:
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\n{squeue}\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    if expected is None:
         check_alone(record)
     else:
-        with pytest.raises(UserError, match=r"job 12 of .*/run is \w+ already: `python -m launch stop .*` stops it"):
+        with pytest.raises(UserError, match=expected):
             check_alone(record)
+
+
+def test_one_of_several_partitions_must_fit() -> None:
+    kinds = [Kind(name, 4, 8, gpus, 60, True) for name, gpus in (("a", 0), ("b", 8))]
+    for asked in (request(partition="a,b", nodes=4, gpus_per_node=8), request(partition="a,b", nodes=4)):
+        check_fits(choose(kinds, asked), asked)
+    with pytest.raises(UserError, match="partition a has 4 nodes"):
+        check_fits(kinds, request(partition="a,b", nodes=8))
+    check_fits([*kinds, Kind("c", 9, 8, 0, 60, False)], request(nodes=4))
+    with pytest.raises(UserError):  # it is down
+        check_fits([*kinds, Kind("c", 9, 8, 0, 60, False)], request(nodes=9))

@@ -59,7 +59,7 @@ def test_the_first_profile_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_profiles_variables() -> None:
-    profile = Profile(nccl={"ib_hca": "mlx5", "debug": "INFO"}, environment={"A": "a b", "NCCL_DEBUG": "WARN"})
+    profile = Profile(nccl={"ib_hca": "mlx5", "NCCL_DEBUG": "INFO"}, environment={"A": "a b", "NCCL_DEBUG": "WARN"})
     assert profile.variables() == {"NCCL_IB_HCA": "mlx5", "NCCL_DEBUG": "WARN", "A": "a b"}
 
 
@@ -89,6 +89,11 @@ def test_times_that_are_none(time: str) -> None:
         (["--time", "12h"], "--time '12h' is no time limit"),
         (["--tasks", "rank"], "tasks: Input should be 'node' or 'gpu', got 'rank'"),
         (["--slurm", "=3"], "--slurm takes key=value"),
+        (["--slurm", "nodes=3"], "--slurm nodes: write --nodes"),
+        (["--slurm", "cpus_per_task=3"], "--slurm cpus-per-task: the launcher says that itself: leave it out"),
+        (["--slurm", "requeue=false"], "--slurm requeue: the launcher says that itself"),
+        (["--srun", "output=x"], "--srun output: the launcher says that itself"),
+        (["--time", "2"], "--time 2 is no longer than the 120 s before its end"),
         (["--srun", "a b"], "--srun takes key=value"),
         (["--signal-seconds", "100000"], "signal_seconds"),
         (["--partion", "x"], "did you mean --partition?"),
@@ -112,6 +117,8 @@ def test_mistakes_in_options(words: list[str], expected: str, tmp_path: Path) ->
         ("a: [", "not valid YAML"),
         ("time: 12h", "no time limit"),
         ("container: {}", "container.image: Field required"),
+        ("environment: {'A;touch x': 1}", "environment.A;touch x"),
+        ("nccl: {ib-hca: mlx5}", "nccl.ib-hca"),
     ],
 )
 def test_mistakes_in_a_profile(profile: str, expected: str, tmp_path: Path) -> None:
@@ -119,6 +126,18 @@ def test_mistakes_in_a_profile(profile: str, expected: str, tmp_path: Path) -> N
         request(tmp_path, profile=profile)
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_none_where_none_may_be(tmp_path: Path) -> None:
+    assert request(tmp_path, "--restarts", "0").profile.restarts == 0
+
+
+def test_what_sbatch_would_read_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    environ = {"SBATCH_ACCOUNT": "a", "SBATCH_PARTITION": "p", "SBATCH_SIGNAL": "TERM@5", "SBATCH_QOS": ""}
+    (tmp_path / NAME).write_text("partition: gpu")
+    found = read_request(parse(["--config", "c.yaml"]), environ).profile
+    assert (found.account, found.partition, found.qos, found.slurm) == ("a", "gpu", None, {})
 
 
 def test_each_option_of_the_profile_is_a_key_of_it() -> None:

@@ -126,7 +126,8 @@ def test_one_task_a_rank_in_a_container(login: dict[str, str], slurm: Path, tmp_
     mounts = next(word for word in srun if word.startswith("--container-mounts=")).split("=", 1)[1].split(",")
     run = tmp_path / "runs/resnet50-data"
     assert "--container-image=r#distrib:1" in srun
-    assert {f"{ROOT}:{ROOT}", f"{run}:{run}", f"{tmp_path}/data:{tmp_path}/data:ro"} <= set(mounts)
+    assert sorted(mounts[:2]) == sorted([f"{run}:{run}", f"{ROOT}:{ROOT}"])
+    assert mounts[2] == f"{tmp_path}/data:{tmp_path}/data:ro"
     assert mounts[-1] == f"{tmp_path}/scratch:/scratch"
     assert srun[-5:-1] == ["python3", "-u", "-m", "submitit.core._submit"]
     assert "torch" not in done.stdout.splitlines()[-1].split(str(ROOT))[0]
@@ -147,10 +148,11 @@ def test_without_slurm_a_dry_run_needs_the_number_of_gpus(login: dict[str, str],
         (["--nodes", "201"], "--nodes 201: partition gpu has 200 nodes"),
         (["--time", "2h"], "--time '2h' is no time limit"),
         (["--profile", "bad.yaml"], "bad.yaml: unknown key partion; there are nodes"),
-        (["--nodes", "200"], "train.global_batch 1024 is smaller than the 1600 ranks: raise it, or ask for fewer"),
+        (["--nodes", "200"], "train.global_batch 1024 is smaller than the 1600 processes: raise it, or start fewer"),
         (["data.root=none"], "no data at "),
         (["optim.lr=x"], "optim.lr"),
         (["--simulate"], "--simulate goes with --dry-run"),
+        (["--procs-per-node", "9"], "--procs-per-node 9 is more than the 8 GPUs of a node"),
         (["--data-on-nodes", "run.dir=/proc/none"], "cannot write to /proc/none: "),
     ],
 )
@@ -165,6 +167,30 @@ def test_mistakes_submit_nothing(
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "submitted").exists()
     assert not (tmp_path / "runs").exists()
+
+
+def test_gpus_are_asked_for_wherever_there_are_some(login: dict[str, str], slurm: Path, tmp_path: Path) -> None:
+    (slurm / "sinfo").write_text("#!/bin/sh\nprintf 'mix*|8|96|gpu:8|60|up\\nmix*|2|64|(null)|60|up\\n'\n")
+    for words, tasks in (([], 8), (["--procs-per-node", "4"], 4)):
+        done = launch(login, tmp_path, "--config", "configs/resnet50.yaml", "--dry-run", *words, path=slurm)
+        assert flags(done.stdout)["gpus-per-node"] == "8"
+        assert f"--nproc-per-node={tasks}" in done.stdout
+
+
+def test_sbatch_reads_the_script_alone(login: dict[str, str], slurm: Path, tmp_path: Path) -> None:
+    (slurm / "sbatch").write_text(f"#!/bin/sh\nenv | grep -E '^(SBATCH|SLURM)_' > {tmp_path}/saw\nexit 1\n")
+    set_ = {"SBATCH_SIGNAL": "TERM@5", "SLURM_ARRAY_TASK_ID": "5", "SLURM_CONF": "/c", "SLURM_JOB_ID": "1"}
+    words = ["--config", "configs/resnet50.yaml", "--data-on-nodes", "data.root=/data"]
+    assert launch(login | set_, tmp_path, *words, path=slurm).returncode == USER_ERROR
+    assert (tmp_path / "saw").read_text() == "SLURM_CONF=/c\n"
+
+
+def test_a_container_takes_no_comma_in_a_path(login: dict[str, str], slurm: Path, tmp_path: Path) -> None:
+    (tmp_path / "launch.yaml").write_text("container: {image: a}")
+    words = ["--config", "configs/resnet50.yaml", "run.dir=a,b", "--dry-run"]
+    done = launch(login, tmp_path, *words, path=slurm)
+    assert done.returncode == USER_ERROR
+    assert done.stderr.endswith("a,b: --container-mounts takes no ':' and no ',' in a path: use another folder\n")
 
 
 def test_no_slurm_on_this_machine(login: dict[str, str], tmp_path: Path) -> None:
@@ -184,3 +210,29 @@ def test_what_sbatch_says_is_told(login: dict[str, str], slurm: Path, tmp_path: 
     assert (tmp_path / "submitted").exists()
     record = tmp_path / "runs/resnet50-data/launch"
     assert not (record / "events.jsonl").exists()
+
+
+def test_a_job_that_cannot_be_noted_is_cancelled(login: dict[str, str], slurm: Path, tmp_path: Path) -> None:
+    record = tmp_path / "runs/resnet50-data/launch"
+    (record / "events.jsonl").mkdir(parents=True)  # a file cannot be written there
+    (slurm / "sbatch").write_text("#!/bin/sh\necho Submitted batch job 7\n")
+    (slurm / "scancel").write_text(f"#!/bin/sh\necho $* > {tmp_path}/cancelled\n")
+    (slurm / "scancel").chmod(0o755)
+    done = launch(
+        login, tmp_path, "--config", "configs/resnet50.yaml", "--data-on-nodes", "data.root=/data", path=slurm
+    )
+    assert done.returncode == USER_ERROR
+    assert done.stderr.startswith(f"error: cannot write to {tmp_path}/runs/resnet50-data: Is a directory")
+    assert done.stderr.endswith("job 7 was cancelled\n")
+    assert (tmp_path / "cancelled").read_text() == "7\n"
+
+
+def test_a_stop_that_was_asked_for_stands_where_nothing_is_submitted(
+    login: dict[str, str], slurm: Path, tmp_path: Path
+) -> None:
+    stop = tmp_path / "runs/resnet50-data/launch/stop"
+    stop.parent.mkdir(parents=True)
+    stop.touch()
+    words = ["--config", "configs/resnet50.yaml", "--data-on-nodes", "data.root=/data"]
+    assert launch(login, tmp_path, *words, path=slurm).returncode == USER_ERROR
+    assert stop.exists()

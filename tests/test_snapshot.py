@@ -122,6 +122,13 @@ def test_packages_within_another_repository_are_not_its_files(tree: Path, tmp_pa
     assert about.commit == ""
 
 
+def test_a_tree_that_git_cannot_list_is_not_copied_in_part(tree: Path, tmp_path: Path) -> None:
+    (tree / ".git/index").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"cannot read the code in .*: git ls-files: "):
+        take(tree, tmp_path / "code")
+    assert not (tmp_path / "code").exists()
+
+
 def test_a_folder_that_cannot_be_written(tree: Path, tmp_path: Path) -> None:
     (tmp_path / "code").write_text("a file")
     with pytest.raises(UserError, match=r"cannot copy the code from .* to .*: ") as error:

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distrib.config import UserError
+from launch.jobs import ask as ask_slurm
 from launch.record import Record
 from launch.slurm.options import Request, minutes
+from launch.state import ACTIVE
 
 PATIENCE = 20  # seconds for one of Slurm's commands
-ACTIVE = ("PENDING", "RUNNING", "SUSPENDED", "CONFIGURING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD")
 FORM = "%P|%D|%c|%G|%l|%a"  # sinfo: partition (* at the default one), nodes, CPUs, GPUs, time limit, up or not
 
 
@@ -51,8 +52,9 @@ def need_slurm() -> None:
 
 def ask(*words: str) -> str | None:
     """What a command of Slurm's prints; None where it is not there, fails or does not answer."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("SINFO_")}
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, check=True)
+        done = subprocess.run(words, env=environ, capture_output=True, text=True, timeout=PATIENCE, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout
@@ -111,9 +113,19 @@ def check_fits(kinds: Sequence[Kind], request: Request) -> None:
     Raises:
         UserError: they cannot.
     """
-    if not kinds:
-        return
-    profile, name = request.profile, kinds[0].partition
+    wrong: list[UserError] = []
+    for name in dict.fromkeys(kind.partition for kind in kinds if kind.up):
+        try:
+            _check_partition(name, [kind for kind in kinds if kind.partition == name], request)
+            return  # a job runs in one of the partitions that are asked for
+        except UserError as error:
+            wrong.append(error)
+    if wrong:
+        raise wrong[0]
+
+
+def _check_partition(name: str, kinds: Sequence[Kind], request: Request) -> None:
+    profile = request.profile
     have = sum(kind.nodes for kind in kinds)
     if request.nodes > have:
         raise UserError(f"--nodes {request.nodes}: partition {name} has {have} nodes; ask for fewer")
@@ -157,24 +169,30 @@ def check_writable(record: Record) -> None:
         raise UserError(f"run.dir {str(record.run)!r} has a line break in its name: set another")
 
 
-def active(records: Sequence[Record]) -> dict[Path, tuple[str, str]]:
-    """The runs of which a job is queued or runs: its number and state, by the run's folder."""
+def active(records: Sequence[Record], need: bool = False) -> dict[Path, tuple[str, str]]:
+    """The runs of which a job is queued or runs: its number and state, by the run's folder.
+
+    Where Slurm does not answer there are none, or with ``need`` an error.
+
+    Raises:
+        UserError: Slurm does not answer, and an answer is needed.
+    """
     jobs = {job: record.run for record in records for job in record.jobs()}
-    if not jobs:
-        return {}
-    user = os.environ.get("USER", str(os.getuid()))
-    printed = ask("squeue", "-h", "-r", "-t", "all", "-o", "%i|%T", "-u", user) or ""
-    lines = [line.strip().partition("|") for line in printed.splitlines()]
-    return {jobs[job]: (job, state.lower()) for job, _, state in lines if job in jobs and state in ACTIVE}
+    told: list[str] = []
+    queue = ask_slurm(list(jobs), [], told.append).queue
+    if queue is None and need:
+        raise UserError(f"nobody can tell whether job {next(iter(jobs))} is over ({'; '.join(told)}): try again")
+    there = {job: found.state for job, found in (queue or {}).items() if job in jobs and found.state in ACTIVE}
+    return {jobs[job]: (job, state.lower()) for job, state in there.items()}
 
 
 def check_alone(record: Record) -> None:
     """Looks whether a job of this run is queued or runs.
 
     Raises:
-        UserError: one is.
+        UserError: one is, or nobody can tell.
     """
-    for run, (job, state) in active([record]).items():
+    for run, (job, state) in active([record], need=True).items():
         raise UserError(
             f"job {job} of {run} is {state} already: `python -m launch stop {run}` stops it, or choose another run.name"
         )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from distrib.cli import load_config
 from distrib.config import Config, UserError
 from distrib.entry import print_config
-from distrib.layout import SPLITS, count_images, look
+from launch import local
 from launch.command import FINISHED, TRAIN, USER_ERROR
 from launch.paths import located
 from launch.record import Record
@@ -43,18 +43,18 @@ def main(argv: Sequence[str], train: Path = TRAIN) -> int:
     if not args.dry_run:
         need_slurm()
     request = fitted(request)
-    check_batch(config, request)
+    local.check_batch(config, request.world)
     words = (*(["--fresh"] if args.fresh else []), *(["--resume", "must"] if args.resume == "must" else []))
 
     from launch.slurm.submit import Element, prepare, submit  # submitit takes 0.1 s, which mistakes need not wait for
 
     element = Element(config, words)
     if args.dry_run:
-        submission, _ = prepare([element], request, element.record, config.run.name, None, copy=False)
+        submission = prepare([element], request, element.record, config.run.name, None, copy=False)
         show(submission)
         return simulate(args.config, args.overrides, request) if args.simulate else FINISHED
     if not request.profile.data_on_nodes:
-        check_data(config, request)
+        check_data(config, request.world)
     check_writable(element.record)
     check_alone(element.record)
     (job,) = submit([element], request, element.record, config.run.name)
@@ -72,10 +72,16 @@ def fitted(request: Request) -> Request:
     kinds = partitions()
     chosen = choose(kinds, request) if kinds is not None else []
     profile, where = request.profile, request.where or "command line"
-    if profile.gpus_per_node is None and profile.procs_per_node is None:
+    if profile.gpus_per_node is None:
         if not chosen:
             raise UserError("--gpus-per-node is needed: sinfo does not tell how many GPUs a node has (0: none)")
-        profile = changed(profile, {"gpus_per_node": min(kind.gpus for kind in chosen)}, where)
+        with_gpus = [kind.gpus for kind in chosen if kind.gpus]  # a partition may have some nodes without
+        profile = changed(profile, {"gpus_per_node": min(with_gpus, default=0)}, where)
+    gpus, procs = profile.gpus_per_node or 0, profile.procs_per_node or 0
+    if procs > gpus > 0:
+        raise UserError(
+            f"--procs-per-node {procs} is more than the {gpus} GPUs of a node: ask for --gpus-per-node 0 to train on CPUs"
+        )
     if profile.tasks == "gpu" and profile.numa:
         raise UserError("numa: true needs --tasks node: it is torchrun that binds the ranks")
     request = replace(request, profile=profile)
@@ -88,32 +94,16 @@ def fitted(request: Request) -> Request:
     return request
 
 
-def check_batch(config: Config, request: Request) -> None:
-    """Says what the ranks would.
-
-    Raises:
-        UserError: more ranks than images in a batch.
-    """
-    if request.world > config.train.global_batch:
-        raise UserError(
-            f"train.global_batch {config.train.global_batch} is smaller than the {request.world} ranks: raise it, or "
-            "ask for fewer nodes"
-        )
-
-
-def check_data(config: Config, request: Request) -> None:
-    """Looks at the data's folders, and counts images until each rank has one.
+def check_data(config: Config, world: int) -> None:
+    """As ``launch local`` does, with the way out where only the nodes have the data.
 
     Raises:
         UserError: the data is not there or does not fit together, or there are fewer images than ranks.
     """
     try:
-        look(config.data, config.model.num_classes)
-        images = count_images(config.data, SPLITS[0], request.world)
+        local.check_data(config, world)
     except UserError as error:
         raise UserError(f"{error} (--data-on-nodes, where only the nodes have it)") from None
-    if request.world > images:
-        raise UserError(f"the {request.world} ranks are more than the {images} training images: ask for fewer")
 
 
 def show(submission: Submission) -> None:

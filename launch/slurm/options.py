@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,19 @@ OF_PROFILE: tuple[tuple[str, str, str], ...] = (
     ("--restarts", "N", "how often torchrun may start a node's workers again within an allocation (default: 3)"),
     ("--failures", "N", "starts that may fail at one step, before the job is given up (default: 3)"),
     ("--signal-seconds", "N", "how long before the time limit the ranks are asked to save (default: 120)"),
+)  # fmt: skip
+
+
+MAY_BE_NONE = ("gpus_per_node", "restarts")
+# sbatch's own defaults, which a cluster's manual may tell people to export. They would win over the batch script.
+OF_SBATCH = {
+    "partition": "SBATCH_PARTITION", "account": "SBATCH_ACCOUNT", "qos": "SBATCH_QOS", "time": "SBATCH_TIMELIMIT",
+    "constraint": "SBATCH_CONSTRAINT", "mem": "SBATCH_MEM_PER_NODE",
+}  # fmt: skip
+# Of sbatch and srun: the job's size, its logs, its signal and its requeue are of one piece.
+OWN = (
+    "array", "cpus-per-task", "error", "gpus", "gres", "job-name", "kill-on-bad-exit", "no-requeue", "ntasks",
+    "ntasks-per-node", "open-mode", "output", "requeue", "signal", "wait",
 )  # fmt: skip
 
 
@@ -95,8 +109,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parse_start(parser, argv)
 
 
-def read_request(args: argparse.Namespace) -> Request:
-    """The job that the options ask for.
+def read_request(args: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> Request:
+    """The job that the options ask for, else the profile, else the variables that sbatch reads.
 
     Raises:
         UserError: an option, or a key of the profile, that cannot be.
@@ -110,7 +124,7 @@ def read_request(args: argparse.Namespace) -> Request:
             continue
         if metavar == "N":
             try:
-                values[key] = 0 if key == "gpus_per_node" and given == "0" else positive(given)
+                values[key] = 0 if key in MAY_BE_NONE and given == "0" else positive(given)
             except argparse.ArgumentTypeError as error:
                 raise UserError(f"{flag}: {error}") from None
         else:
@@ -119,10 +133,32 @@ def read_request(args: argparse.Namespace) -> Request:
         values["data_on_nodes"] = True
     for name in ("slurm", "srun"):
         values[name] = {**getattr(found.profile, name), **_pairs(f"--{name}", getattr(args, name))}
+    for key, variable in OF_SBATCH.items():
+        if getattr(found.profile, key) is None and environ.get(variable):
+            values.setdefault(key, environ[variable])
     profile = changed(found.profile, values, "command line")
-    if profile.time is not None:
-        minutes(profile.time)
+    _check_own(profile)
+    if profile.time is not None and minutes(profile.time) * 60 <= profile.signal_seconds:
+        raise UserError(
+            f"--time {profile.time} is no longer than the {profile.signal_seconds} s before its end at which the ranks "
+            "are asked to save: ask for more time, or lower --signal-seconds"
+        )
     return Request(profile, str(found.path or ""), args.dependency, args.comment)
+
+
+def _check_own(profile: Profile) -> None:
+    """Looks that ``slurm`` and ``srun`` hold nothing that the launcher says itself.
+
+    Raises:
+        UserError: they do.
+    """
+    options = {flag[2:]: flag for flag, *_ in OF_PROFILE} | {"dependency": "--dependency", "comment": "--comment"}
+    for name, given in (("slurm", profile.slurm), ("srun", profile.srun)):
+        for key in (key.replace("_", "-") for key in given):
+            if name == "slurm" and key in options:
+                raise UserError(f"--{name} {key}: write {options[key]}")
+            if key in OWN:
+                raise UserError(f"--{name} {key}: the launcher says that itself: leave it out")
 
 
 def _pairs(flag: str, words: Sequence[str]) -> dict[str, str]:

@@ -18,6 +18,7 @@ HOME = Path("~/.config/distrib")
 NULL = ("", "null", "~")
 
 Count = Annotated[int, Field(ge=1)]
+Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]  # what a shell can export
 
 
 class _Part(BaseModel):
@@ -74,9 +75,9 @@ class Profile(_Part):
     """For `module load`, in this order."""
     setup: tuple[str, ...] = ()
     """Shell lines of the batch script before the start, on the first node."""
-    environment: dict[str, str] = {}
+    environment: dict[Variable, str] = {}
     """Variables of all ranks."""
-    nccl: dict[str, str] = {}
+    nccl: dict[Variable, str] = {}
     """NCCL's variables without their NCCL_: {ib_hca: mlx5, socket_ifname: ib0}."""
     container: Container | None = None
     """Image and mounts."""
@@ -91,7 +92,8 @@ class Profile(_Part):
 
     def variables(self) -> dict[str, str]:
         """What goes to the ranks' environment."""
-        return {f"NCCL_{key.upper()}": value for key, value in self.nccl.items()} | self.environment
+        nccl = {f"NCCL_{key.upper().removeprefix('NCCL_')}": value for key, value in self.nccl.items()}
+        return nccl | self.environment
 
 
 def words(options: Mapping[str, str]) -> list[str]:

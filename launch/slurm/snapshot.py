@@ -17,6 +17,7 @@ from distrib.config import UserError
 
 PARTS = ("train.py", "distrib", "launch", "configs")  # of a tree that git does not know
 MOST = 20_000_000  # bytes of a file that is not tracked: a data set that nobody told .gitignore of
+GIT_SECONDS = 300  # a shared disk may take long to list a tree
 DIFF, ABOUT = "changes.diff", "revision.json"
 
 
@@ -40,33 +41,33 @@ def take(root: Path, into: Path) -> tuple[Path, Revision]:
     Raises:
         UserError: the tree cannot be read or the copy not be written.
     """
-    commit = _git(root, "rev-parse", "HEAD").strip()
+    commit = _commit(root)
     if commit:
         tracked = _names(_git(root, "ls-files", "-z"))
         others = _names(_git(root, "ls-files", "-z", "--others", "--exclude-standard"))
         diff = _git(root, "diff", "--binary", "HEAD", "--", ".")
     else:
         tracked, others, diff = _walk(root), [], ""
+    part = into / f".part.{os.getpid()}"
     try:
         large = tuple(name for name in others if _size(root / name) > MOST)
         names = sorted(name for name in {*tracked, *others} - {*large} if os.path.lexists(root / name))
-        digest = _digest(root, names)
+        shutil.rmtree(part, ignore_errors=True)
+        _copy(root, names, part)
+        digest = _digest(part, names)  # of the copy: somebody may write to the tree meanwhile
         about = Revision(commit, bool(diff), tuple(n for n in others if n not in large), large, digest)
         target = into / digest[:12]
-        if not target.exists():
-            part = into / f".{digest[:12]}.{os.getpid()}"
-            shutil.rmtree(part, ignore_errors=True)
-            _copy(root, names, part)
-            with contextlib.suppress(FileExistsError, OSError):  # somebody else made the same one
-                part.rename(target)
-            shutil.rmtree(part, ignore_errors=True)
+        with contextlib.suppress(OSError):  # the same is there already
+            part.rename(target)
         if not target.is_dir():
             raise UserError(f"cannot write {target}: set run.dir")
-        (into / f"{digest[:12]}.{ABOUT}").write_text(json.dumps(asdict(about), indent=2) + "\n", encoding="utf-8")
+        (into / f"{target.name}.{ABOUT}").write_text(json.dumps(asdict(about), indent=2) + "\n", encoding="utf-8")
         if diff:
-            (into / f"{digest[:12]}.{DIFF}").write_text(diff, encoding="utf-8", errors="surrogateescape")
+            (into / f"{target.name}.{DIFF}").write_text(diff, encoding="utf-8", errors="surrogateescape")
     except OSError as error:
         raise UserError(f"cannot copy the code from {root} to {into}: {error.strerror} ({error.filename})") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     return target, about
 
 
@@ -112,21 +113,28 @@ def _names(printed: str) -> list[str]:
     return [name for name in printed.split("\0") if name]
 
 
-def _git(root: Path, *words: str) -> str:
-    """What git prints; empty where there is no git, or no repository of which ``root`` is the top."""
+def _commit(root: Path) -> str:
+    """The commit that is checked out; empty where there is no git, or no repository of which ``root`` is the top."""
     try:
-        top = ["git", "-C", str(root), "rev-parse", "--show-toplevel"]
-        done = subprocess.run(top, capture_output=True, text=True, check=True, timeout=30)
-        if Path(done.stdout.rstrip("\n")).resolve() != root.resolve():
+        if Path(_git(root, "rev-parse", "--show-toplevel").rstrip("\n")).resolve() != root.resolve():
             return ""
-        done = subprocess.run(
-            ["git", "-C", str(root), *words],
-            capture_output=True,
-            text=True,
-            errors="surrogateescape",
-            check=True,
-            timeout=60,
-        )
-    except (OSError, subprocess.SubprocessError):
+        return _git(root, "rev-parse", "--verify", "HEAD").strip()
+    except UserError:
         return ""
+
+
+def _git(root: Path, *words: str) -> str:
+    """What git prints.
+
+    Raises:
+        UserError: it fails.
+    """
+    command = ["git", "-C", str(root), *words]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="surrogateescape", check=True, timeout=GIT_SECONDS
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        said = " ".join(str(getattr(error, "stderr", None) or error).split())
+        raise UserError(f"cannot read the code in {root}: git {words[0]}: {said}") from None
     return done.stdout

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import re
 import shlex
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,12 @@ from distrib.root import TRAIN
 from launch.record import Record
 from launch.slurm.options import Request
 from launch.slurm.profile import words as options
-from launch.slurm.snapshot import Revision, take
+from launch.slurm.snapshot import take
 from launch.slurm.task import Task
 
 CODE = Path(__file__).resolve().parent.parent.parent  # the checkout, or site-packages
 SCRIPT = "launch/slurm/job.sh"
+KEPT = ("SLURM_CONF", "SLURM_CLUSTERS")  # which cluster it is
 
 
 @dataclass(frozen=True)
@@ -100,11 +103,8 @@ class Submission:
         if self._cpus_per_task:  # since Slurm 22.05 srun does not take it from the job
             words.append(f"--cpus-per-task={self._cpus_per_task}")
         if profile.container is not None:
-            mounts = [f"{path}:{path}" for path in self._mounts()]
-            data = self.elements[0].config.data.root
-            mounts += [f"{data}:{data}:ro"] if Path(data).is_dir() else []
             words.append(f"--container-image={profile.container.image}")
-            words.append(f"--container-mounts={','.join([*mounts, *profile.container.mounts])}")
+            words.append(f"--container-mounts={','.join([*self._mounts(), *profile.container.mounts])}")
         return [*words, *options(profile.srun)]
 
     def parameters(self) -> dict[str, Any]:
@@ -163,7 +163,7 @@ class Submission:
             raise UserError(f"cannot write to {self.folder}: {error.strerror}: set run.dir") from None
         executor = self._executor()
         try:
-            with contextlib.redirect_stderr(io.StringIO()):  # submitit prints there what sbatch does
+            with _as_from_a_shell(), contextlib.redirect_stderr(io.StringIO()):  # submitit prints what sbatch does
                 if len(self.elements) > 1:
                     with executor.batch():
                         jobs = [executor.submit(self.task) for _ in self.elements]
@@ -181,9 +181,22 @@ class Submission:
         return cpus if profile.tasks == "node" else max(1, cpus // self.request.procs)
 
     def _mounts(self) -> list[str]:
-        folders = {self.folder.parent.parent, self.code, *(element.record.run for element in self.elements)}
-        inner = {path for path in folders if any(other in folders for other in path.parents)}
-        return sorted(str(path) for path in folders - inner)
+        """What the ranks read and write, each folder where it is, the data and first weights read-only.
+
+        Raises:
+            UserError: pyxis would take such a path for two.
+        """
+        configs = [element.config for element in self.elements]
+        written = {self.folder.parent.parent, self.code, *(element.record.run for element in self.elements)}
+        written |= {Path(path) for c in configs for path in (c.data.index_dir, c.wandb.dir) if path is not None}
+        read = {Path(path) for c in configs for path in (c.data.root, c.model.weights) if path is not None}
+        read = {path for path in read if path.is_absolute() and path.exists()}
+        outer = _outermost(written)
+        mounts = [*outer, *(path for path in _outermost(read) if not _within(path, outer))]
+        for path in mounts:
+            if re.search("[:,]", str(path)):
+                raise UserError(f"{path}: --container-mounts takes no ':' and no ',' in a path: use another folder")
+        return [f"{path}:{path}{'' if path in outer else ':ro'}" for path in mounts]
 
     def _executor(self) -> SlurmExecutor:
         profile = self.request.profile
@@ -191,6 +204,14 @@ class Submission:
         executor = _Executor(self.folder, python=shlex.quote(python) if python else None)
         executor.update_parameters(**self.parameters())
         return executor
+
+
+def _outermost(folders: Collection[Path]) -> list[Path]:
+    return sorted(path for path in folders if not _within(path, set(folders) - {path}))
+
+
+def _within(path: Path, folders: Collection[Path]) -> bool:
+    return path in folders or any(parent in folders for parent in path.parents)
 
 
 class _Executor(SlurmExecutor):
@@ -203,19 +224,19 @@ class _Executor(SlurmExecutor):
 
 def prepare(
     elements: Sequence[Element], request: Request, base: Record, name: str, at_most: int | None, copy: bool
-) -> tuple[Submission, Revision | None]:
+) -> Submission:
     """A submission under ``base``; ``copy``: with a copy of the code, else it names where the code lies now.
 
     Raises:
         UserError: the code cannot be copied.
     """
-    code, revision = take(CODE, base.path / "code") if copy else (CODE, None)
+    code = take(CODE, base.path / "code")[0] if copy else CODE
     folder = base.path / time.strftime("%Y%m%d-%H%M%S")
     suffix = 1
     while folder.exists():
         suffix += 1
         folder = folder.with_name(f"{folder.name.partition('.')[0]}.{suffix}")
-    return Submission(tuple(elements), request, name, folder, code, at_most), revision
+    return Submission(tuple(elements), request, name, folder, code, at_most)
 
 
 def submit(
@@ -224,17 +245,45 @@ def submit(
     """Copies the code, submits, and notes that in each element's record; returns the job ids, ``123_0`` in an array.
 
     Raises:
-        UserError: it cannot be submitted.
+        UserError: it cannot be submitted, or not be noted; no job is left behind then.
     """
-    submission, _ = prepare(elements, request, base, name, at_most, copy=True)
-    for element in elements:
-        element.record.stop.unlink(missing_ok=True)
-    jobs = submission.submit()
-    for element, job in zip(elements, jobs, strict=True):
-        facts = {"job": job, "name": element.config.run.name, "nodes": request.nodes, "procs": request.procs}
-        kind = {"tasks": request.profile.tasks, "submission": str(submission.folder)}
-        element.record.add("submitted", facts | kind)
+    submission = prepare(elements, request, base, name, at_most, copy=True)
+    stops = [element.record.stop for element in elements if element.record.stop.exists()]
+    try:
+        for stop in stops:  # before the job, which may begin at once and would heed it
+            stop.unlink()
+    except OSError as error:
+        raise UserError(f"cannot remove {error.filename}: {error.strerror}") from None
+    try:
+        jobs = submission.submit()
+    except UserError:
+        for stop in stops:
+            stop.touch()
+        raise
+    try:
+        for element, job in zip(elements, jobs, strict=True):
+            facts = {"job": job, "name": element.config.run.name, "nodes": request.nodes, "procs": request.procs}
+            kind = {"tasks": request.profile.tasks, "submission": str(submission.folder)}
+            element.record.add("submitted", facts | kind)
+    except OSError as error:
+        number = jobs[0].partition("_")[0]
+        with contextlib.suppress(OSError):
+            subprocess.run(["scancel", number], capture_output=True)
+        raise UserError(
+            f"cannot write to {base.run}: {error.strerror}: make room; job {number} was cancelled"
+        ) from None
     return jobs
+
+
+@contextlib.contextmanager
+def _as_from_a_shell() -> Iterator[None]:
+    """Without what sbatch takes over the script's own lines, and what a job around us has set."""
+    ours = {name for name in os.environ if name.startswith(("SBATCH_", "SLURM_")) and name not in KEPT}
+    before = {name: os.environ.pop(name) for name in ours}
+    try:
+        yield
+    finally:
+        os.environ.update(before)
 
 
 def _reason(error: BaseException) -> str:
