@@ -59,9 +59,8 @@ def torchrun(words: Sequence[str]) -> int:
         file = Path(folder, "exit-codes")
         os.environ[EXIT_CODE_FILE] = str(file)
         returncode, asked_to_stop = watch(lambda: agent.main(words))
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []
-    # The last of each worker: where torchrun started them again, the ranks of this node may have changed.
-    reports = read_reports("\n".join(lines[-procs:]))
+        text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+    reports = read_reports(text)  # of the last start: the agent forgets those before it
     if returncode != FINISHED and asked_to_stop and {report.code for report in reports.values()} <= {FINISHED, STOPPED}:
         return STOPPED  # perhaps while this node waited for others, or before a worker listened: nothing had begun
     outcome = judge(returncode, reports, procs)
