@@ -80,7 +80,7 @@ def fitted(request: Request) -> Request:
     gpus, procs = profile.gpus_per_node or 0, profile.procs_per_node or 0
     if procs > gpus > 0:
         raise UserError(
-            f"--procs-per-node {procs} is more than the {gpus} GPUs of a node: ask for --gpus-per-node 0 to train on CPUs"
+            f"--procs-per-node {procs} is more than the {gpus} GPUs of a node: --gpus-per-node 0 trains on the CPUs"
         )
     if profile.tasks == "gpu" and profile.numa:
         raise UserError("numa: true needs --tasks node: it is torchrun that binds the ranks")
