@@ -337,7 +337,8 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
     console = ConsoleSink(total_steps, plan.steps_per_epoch, classes) if runtime.is_main else None
     log = Log([console] if console else [])
     warn = (lambda text: log.warning(text)) if runtime.is_main else say  # of the log as it is then
-    lease = runtime.on_main_only(lambda: Lease(folder.path).acquire(say, STOP.requested))
+    make_lease = partial(Lease, folder.path, asked.job or "", asked.starts)
+    lease = runtime.on_main_only(lambda: make_lease().acquire(say, STOP.requested))
     if lease is not None:
         leaving.callback(lease.release)
     fresh = asked.fresh and not runtime.on_main(lambda: folder.is_begun_by(asked.job))

@@ -15,7 +15,7 @@ from distrib.faults import FINISHED, USER_ERROR, report_exit
 from distrib.follow import follow
 from distrib.layout import count_classes
 from distrib.options import parse_args
-from distrib.place import Place, find_job, find_place, publish
+from distrib.place import Place, count_starts, find_job, find_place, publish
 from distrib.surroundings import check_limits, keep_output
 
 LATER = 1.0  # seconds
@@ -26,11 +26,13 @@ class Start:
     """What was asked for. ``fresh``: the old run is to be moved aside; ``must_resume``: there must be one.
 
     ``job``: which start of torchrun's or Slurm's this is, its restarts included; None where nothing restarts it.
+    ``starts``: how often Slurm has started it before.
     """
 
     config: Config
     place: Place = field(default_factory=Place)
     job: str | None = None
+    starts: int = 0
     fresh: bool = False
     must_resume: bool = False
 
@@ -61,7 +63,8 @@ def read_start(argv: Sequence[str]) -> Start:
         if place.world > 1:  # torchrun ends the others as soon as one has ended, and they are about to say the same
             time.sleep(LATER)
         raise SystemExit(code) from None
-    return Start(config, place, find_job(os.environ), args.fresh, args.resume == "must")
+    job, starts = find_job(os.environ), count_starts(os.environ)
+    return Start(config, place, job, starts, args.fresh, args.resume == "must")
 
 
 def print_config(config: Config) -> None:

@@ -3,6 +3,8 @@
 The holder's ``writer.json`` says who it is; its heartbeat is that file's time. A holder on this machine is looked up by
 its process id; one elsewhere is alive while the time moves. Times are never compared between machines: what "now" is,
 a file of our own in the same folder tells, so that both are the disk's.
+
+Slurm starts a job again when it has lost a node, which may be alive and write on: of one job the later start wins.
 """
 
 from __future__ import annotations
@@ -42,15 +44,27 @@ class Holder:
     since: str  # ISO 8601, for a person
     machine: str = ""  # boot and namespace in which ``pid`` means something
     born: str = ""  # when the process began, in clock ticks of that boot: process ids are used again
+    job: str = ""  # what starts a run again and again, where something does
+    start: int = 0  # how often it has done so
+
+    def is_succeeded_by(self, other: Holder) -> bool:
+        """Whether ``other`` is a later start of the same job."""
+        return self.job != "" and self.job == other.job and self.start < other.start
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, since {self.since}"
 
 
 class Lease:
-    """The right to write one folder, from ``acquire`` to ``release``."""
+    """The right to write one folder, from ``acquire`` to ``release``.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: what is to be written.
+        job: which job's processes these are, where something may start them again; empty: nothing does.
+        start: how often that job was started before.
+    """
+
+    def __init__(self, folder: Path, job: str = "", start: int = 0) -> None:
         self._folder, self._path = folder, folder / NAME
         self._me = Holder(
             token=secrets.token_hex(8),
@@ -59,6 +73,8 @@ class Lease:
             since=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             machine=_machine(),
             born=_born(os.getpid()),
+            job=job,
+            start=start,
         )
         self._mine = folder / f".{NAME}.{self._me.token}"
         self._made: list[Path] = []  # folders that were not there before
@@ -163,6 +179,8 @@ class Lease:
         return True
 
     def _lives(self, holder: Holder, notify: Callable[[str], None], stop: Callable[[], bool]) -> bool:
+        if holder.is_succeeded_by(self._me):
+            return False
         if holder.born and holder.machine == self._me.machine:
             return _born(holder.pid) == holder.born
         began, beat = time.monotonic(), _time(self._path)
@@ -262,9 +280,8 @@ def _read(path: Path) -> Holder | None:
     damaged = Holder(token="damaged", host="an unknown machine", pid=0, since="an unknown time")
     try:
         values = json.loads(text)
-        holder = Holder(
-            **{field.name: type(getattr(damaged, field.name))(values[field.name]) for field in fields(Holder)}
-        )
+        known = [field.name for field in fields(Holder) if field.name in values]
+        holder = Holder(**{name: type(getattr(damaged, name))(values[name]) for name in known})
     except (ValueError, KeyError, TypeError):
         return damaged
     return holder if re.fullmatch("[0-9a-f]{16}", holder.token) else damaged

@@ -56,6 +56,12 @@ def find_job(environ: Mapping[str, str]) -> str | None:
     return None
 
 
+def count_starts(environ: Mapping[str, str]) -> int:
+    """How often Slurm has started this job before; 0 where it does not tell."""
+    count = environ.get("SLURM_RESTART_COUNT", "")
+    return int(count) if count.isdecimal() else 0
+
+
 def publish(place: Place, environ: MutableMapping[str, str]) -> None:
     """Says it in torchrun's words, which torch and other libraries read."""
     values = {"RANK": place.rank, "WORLD_SIZE": place.world}

@@ -184,8 +184,10 @@ def start(place: Place = Place(), stop: StopSignals | None = None, wait_minutes:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        # torchrun sets OMP_NUM_THREADS=1 where nobody set it; on a CPU run that would leave cores idle.
-        if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
+        # torchrun sets OMP_NUM_THREADS=1 where nobody set it; on a CPU run that would leave cores idle. The launcher,
+        # which names a file for exit codes, has counted them.
+        counted = "DISTRIB_EXIT_CODE_FILE" in os.environ
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1" and not counted:
             torch.set_num_threads(max(1, usable_cores() // local_world))
     control = None
     if place.master is not None:

@@ -107,7 +107,7 @@ look() {
   done
   label=$(buildah inspect --type image --format '{{index .Docker.Config.Labels "org.opencontainers.image.revision"}}' localhost/distrib:check)
   [ "$label" = checked ]
-  health=$(buildah inspect --type image --format '{{join .Docker.Config.Healthcheck.Test " "}}' localhost/distrib:check)
+  health=$(buildah inspect --type image --format '{{range .Docker.Config.Healthcheck.Test}}{{.}} {{end}}' localhost/distrib:check)
   [ "${health%% *}" = CMD ]
   # shellcheck disable=SC2086
   buildah run --isolation chroot "$container" -- ${health#CMD } > /dev/null

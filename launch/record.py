@@ -5,8 +5,11 @@
                               {"event": "began", "time", "job", "restart", "nodes"}
                               {"event": "ended", "time", "job", "restart", "code", "step", "reason", "then"}
     launch/logs/rank_00000.log    what each rank prints, over all its starts
-    launch/reports/JOB.RESTART/HOST           how each rank of a node ended in one start of a job: "RANK CODE MESSAGE"
+    launch/reports/JOB.RESTART/HOST           how each rank of a node ended in one start of a job: "RANK CODE MESSAGE";
+                                              with --tasks gpu HOST.RANK
     launch/reports/JOB.RESTART/HOST.restarts  why workers were started again within it: "TIME REASON"
+    launch/reports/JOB.RESTART.bad_hosts      nodes that were found unfit in it: "HOST REASON"
+    launch/reports/JOB.attempts               how often a job's starts ended alike at one step: "KIND STEP COUNT"
     launch/stop               there while `launch stop` wants the run to end and not to be queued again
     launch/code/REVISION/     the code that jobs of this run use
     launch/SUBMISSION/        configuration, batch script and output of one submission

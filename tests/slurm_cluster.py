@@ -232,7 +232,11 @@ class Cluster:
         self._switch(f"ip link set {node} up")
 
     def hurry(self, job: int | str) -> None:
-        """Starts a requeued job now: Slurm would wait 2 minutes, until the old credentials have expired."""
+        """Starts a requeued job now: Slurm would wait 2 minutes, until the old credentials have expired.
+
+        A node takes no credential that is as old as its order to end the job, in whole seconds; the job would fail.
+        """
+        time.sleep(2)
         self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def enter(self, node: str, *command: str) -> str:

@@ -147,6 +147,45 @@ def test_a_living_holder_elsewhere_is_named(folder: Path, monkeypatch: pytest.Mo
         heart.join()
 
 
+def test_a_later_start_of_the_same_job_takes_over_from_one_that_lives(folder: Path) -> None:
+    write(folder, age=-1000.0, job="Slurm job 7, step 0", start=1)  # a clock that is ahead: alive for long
+    lease = Lease(folder, "Slurm job 7, step 0", 2).acquire()
+    assert lease.held()
+    lease.release()
+
+
+@pytest.mark.parametrize(("job", "start"), [("Slurm job 7, step 0", 1), ("Slurm job 7, step 0", 0), ("", 2)])
+def test_no_other_start_does(folder: Path, job: str, start: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "DEAD_SECONDS", 5.0)
+    write(folder, job="Slurm job 7, step 0", start=1)
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(0.01):
+            os.utime(folder / "writer.json")
+
+    heart = threading.Thread(target=beat)
+    heart.start()
+    try:
+        with pytest.raises(UserError, match="is being written by process 4242 on node17"):
+            Lease(folder, job, start).acquire()
+    finally:
+        over.set()
+        heart.join()
+
+
+def test_who_is_overtaken_by_its_own_jobs_next_start_writes_nothing_more(folder: Path) -> None:
+    orphan = Lease(folder, "Slurm job 7, step 0", 0).acquire()
+    newer = Lease(folder, "Slurm job 7, step 0", 1).acquire()
+    assert newer.held()
+    assert not orphan.held()
+    with pytest.raises(LeaseLost):
+        orphan.check()
+    orphan.release()
+    assert newer.held()
+    newer.release()
+
+
 def test_a_holder_elsewhere_that_leaves_meanwhile(folder: Path) -> None:
     write(folder)
     threading.Timer(0.1, (folder / "writer.json").unlink).start()

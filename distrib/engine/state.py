@@ -101,8 +101,8 @@ class TrainState:
     def _mean(self) -> torch.Tensor:
         """The ranks' mean, [count], equal on all of them.
 
-        Summed in double precision, where it hardly ever depends on the order in which the ranks are added up: what is
-        evaluated, what is saved, and what a library that sums in another order finds, are the same bits.
+        What is evaluated and what is saved comes from here, so that both are the same bits. Summed in double precision:
+        then the order in which gloo or NCCL add the ranks up hardly ever shows.
         """
         own = self._flat()
         return (self._runtime.sum(own.double()) / self._runtime.world).to(own.dtype)

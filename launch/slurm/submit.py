@@ -69,23 +69,26 @@ class Submission:
 
     def environment(self) -> dict[str, str]:
         """What the batch script exports before it begins: ours, then the profile's."""
+        return self._ours() | self.request.profile.variables()
+
+    def _ours(self) -> dict[str, str]:
         profile = self.request.profile
-        ours = {
+        return {
             "DISTRIB_SUBMISSION": str(self.folder),
             "DISTRIB_WORLD": str(self.request.world),
             "DISTRIB_FAILURES": str(profile.failures),
             "DISTRIB_EXCLUDE": str(profile.exclude_failed).lower(),
         }
-        return ours | profile.variables()
 
     def setup(self) -> list[str]:
         """The batch script's lines before srun."""
         profile = self.request.profile
         return [
-            *(f"export {key}={shlex.quote(value)}" for key, value in self.environment().items()),
+            *(f"export {key}={shlex.quote(value)}" for key, value in self._ours().items()),
+            f". {shlex.quote(str(self.code / SCRIPT))}",  # before the profile's PATH, which may lack Slurm
+            *(f"export {key}={shlex.quote(value)}" for key, value in profile.variables().items()),
             f"export PYTHONPATH={shlex.quote(str(self.code))}${{PYTHONPATH:+:$PYTHONPATH}}",
             f"cd {shlex.quote(str(self.code))}",  # `python -m` looks there first
-            f". {shlex.quote(str(self.code / SCRIPT))}",
             *(f"module load {shlex.quote(module)}" for module in profile.modules),
             *profile.setup,
             "begin",

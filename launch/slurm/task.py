@@ -7,6 +7,7 @@ to the ranks, which agree, save and say so in their reports; what follows from t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import zlib
@@ -17,9 +18,7 @@ from pathlib import Path
 from distrib.place import first_host
 from distrib.surroundings import settle, usable_cores
 from launch.child import run
-from launch.command import FAILED, STOPPED, USER_ERROR, Command, Meeting, build_torchrun
-
-SAVE_SECONDS = "600"  # from a signal to SIGKILL; Slurm's own patience is shorter and known better by its administrator
+from launch.command import FAILED, STOPPED, USER_ERROR, Command, Meeting, Outcome, build_torchrun
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,6 @@ class Task:
         """The process to start, from Slurm's variables."""
         element = int(environ.get("SLURM_ARRAY_TASK_ID", 0))
         config, words = self.configs[element], self.words[element]
-        environ = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": SAVE_SECONDS, **environ}
         if self.form == "gpu":  # train.py finds its place by Slurm's variables
             threads = {} if "OMP_NUM_THREADS" in environ else {"OMP_NUM_THREADS": str(max(1, cores))}
             return Command((sys.executable, self.train, "--config", config, *words), threads)
@@ -57,11 +55,18 @@ class Task:
         settle()
         share = os.environ.get("SLURM_CPUS_PER_TASK", "")
         cores = min(usable_cores(), int(share)) if share.isdecimal() and int(share) else usable_cores()
-        reports = os.environ.get("DISTRIB_REPORTS")
-        file = Path(reports, os.environ.get("SLURMD_NODENAME", "node")) if reports else None
+        reports, name = os.environ.get("DISTRIB_REPORTS"), os.environ.get("SLURMD_NODENAME", "node")
+        if self.form == "gpu":  # the other ranks' words must not be taken for this one's
+            name += f".{os.environ['SLURM_PROCID']}"
+        file = Path(reports, name) if reports else None
         made = self.command(os.environ, cores)
         print(made, flush=True)
         outcome = run(made, self.procs if self.form == "node" else 1, os.environ, file)
+        if self.form == "gpu" and outcome.code == FAILED and file is not None and not file.exists():
+            line = f"rank {os.environ['SLURM_PROCID']} was killed, or could not begin"
+            with contextlib.suppress(OSError):
+                file.write_text(f"{os.environ['SLURM_PROCID']} {FAILED} {line}\n", encoding="utf-8")
+            outcome = Outcome(FAILED, f"error: {line}")
         if outcome.message and outcome.code != STOPPED:
             print(outcome.message, file=sys.stderr, flush=True)
         if outcome.code in (FAILED, USER_ERROR):
@@ -72,14 +77,16 @@ def find_meeting(environ: Mapping[str, str], nodes: int, restarts: int) -> Meeti
     """Where this node's torchrun meets those of the others, from Slurm's variables.
 
     The port and the name are of one start of one job: several may share a node, and a requeued one may come back
-    before the network has forgotten it. Ephemeral ports begin at 32768.
+    before the network has forgotten it. Ephemeral ports begin at 32768. Where another program has the port, the next
+    start has another one.
     """
     start = f"{environ['SLURM_JOB_ID']}.{environ.get('SLURM_RESTART_COUNT', 0)}"
+    place = f"{environ.get('DISTRIB_SUBMISSION', '')}.{start}"  # nodes may serve two clusters, which count alike
     host = first_host(environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"])
     return Meeting(
         nodes=nodes,
         host=host,
-        port=20000 + zlib.crc32(start.encode()) % 10000,
+        port=20000 + zlib.crc32(place.encode(errors="surrogateescape")) % 10000,
         name=start,
         is_host=environ.get("SLURM_NODEID", "0") == "0",
         address=environ.get("SLURMD_NODENAME", host),
