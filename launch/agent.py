@@ -39,10 +39,16 @@ def main(argv: Sequence[str]) -> int:
     """Runs the workers to their end; returns 0 or 1, as torchrun does."""
     # During the slow import nothing has begun: a signal may end us, without a KeyboardInterrupt's traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Where the nodes' meeting ends before us, torch's C++ code would warn with a stack. It asks as it is loaded.
+    quiet = not {"LOGLEVEL", "TORCH_CPP_LOG_LEVEL"} & set(os.environ)
+    if quiet:
+        os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    if quiet:
+        del os.environ["TORCH_CPP_LOG_LEVEL"]  # the workers may warn
     if "LOGLEVEL" not in os.environ:
         logging.disable(logging.ERROR)
     args = torchrun.parse_args(list(argv))
