@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,9 +43,9 @@ def main(argv: Sequence[str], train: Path) -> int:
     parser.add_argument("folders", nargs="*", metavar="DIR", help=f"default: {RUNS}")
     parser.add_argument("--json", action="store_true", help="as a JSON array, with whole paths and seconds")
     args = parser.parse_args(argv)
-    folders = [Path(folder).expanduser() for folder in args.folders or [RUNS]]
+    folders = [Path(os.path.expanduser(folder)) for folder in args.folders or [RUNS]]
     for folder in folders:
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             hint = "" if args.folders else "; name the folder in which your runs lie"
             raise UserError(f"there is no folder {folder}{hint}")
     views = survey([run for folder in folders for run in find(folder)], skip=True)

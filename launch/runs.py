@@ -93,7 +93,10 @@ def is_run(folder: Path) -> bool:
 
 
 def find(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
-    """The runs in and below a folder, in the order of their names; a run holds no other."""
+    """The runs in and below a folder, in the order of their names; a run holds no other.
+
+    What the launcher keeps of a sweep lies beside its runs, and may hold copies of code by the thousand: passed over.
+    """
     if is_run(folder):
         yield folder
         return
@@ -102,7 +105,8 @@ def find(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         names = sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
         for name in names:
-            yield from find(folder / name, depth - 1)
+            if name != FOLDER or is_run(folder / name):
+                yield from find(folder / name, depth - 1)
 
 
 def shown_name(folder: Path) -> str:
@@ -134,11 +138,11 @@ def resolve(word: str) -> Path:
         if found:
             return next(iter(found))
         raise UserError(f"no run below {RUNS} knows a job {word}: name the run's folder")
-    if not word or not any(place.is_dir() for place in places):
+    if not word or not any(map(os.path.isdir, places)):
         raise UserError(
             f"there is no run {word!r}, here or below {RUNS}: `python -m launch list` shows those there are"
         )
-    inside = next(place for place in places if place.is_dir())
+    inside = next(place for place in places if os.path.isdir(place))
     below = next(find(inside), None)
     hint = f": name one of those in it, such as {shown_name(below)}" if below else ""
     raise UserError(f"{inside} is no run's folder{hint}")
@@ -161,8 +165,8 @@ def read(folder: Path, clock: Clock) -> Run:
     train: dict[str, Any] = next((line for line in reversed(lines) if line.get("kind") == "train"), {})
     evaluation: dict[str, Any] = next((line for line in reversed(lines) if line.get("kind") == "eval"), {})
     step = max((line["step"] for line in lines if isinstance(line.get("step"), int)), default=0)
-    summary = _json(folder / "summary.json")
-    seen = Seen(record.read(), stop, summary, step, writer)
+    summary, written = _json(folder / "summary.json")
+    seen = Seen(record.read(), stop, summary, step, writer, written)
     return Run(
         shown_name(folder),
         record,
@@ -267,9 +271,11 @@ def reports(record: Record) -> dict[str, list[tuple[str, int, Report]]]:
     return found
 
 
-def _json(path: Path) -> dict[str, Any] | None:
+def _json(path: Path) -> tuple[dict[str, Any] | None, float | None]:
+    """What a file holds, and when it was written."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            values, written = json.load(file), os.fstat(file.fileno()).st_mtime
     except (OSError, ValueError):
-        return None
-    return values if isinstance(values, dict) else None
+        return None, None
+    return (values, written) if isinstance(values, dict) else (None, None)

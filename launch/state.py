@@ -12,6 +12,9 @@ Who asks for a state gets the first row that fits. "The job" is the one of the r
                   and its writer lives                          running
                   and nobody writes, or no line yet             starting
     no job is there, and somebody writes                        as if the job ran
+    the summary covers, says finished or diverged, and is of a  that
+      later step than the job's end or was written after the
+      job was submitted and last began: by it, or without it
     the job's script said how it ended, and that it is over     finished, stopped, diverged or failed, by its exit code;
                                                                 cancelled where it or Slurm says so; an end with 0
                                                                 without a summary is none: failed, or stopped
@@ -34,13 +37,16 @@ after a node's death or a preemption that calls the job ended though it waits to
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 from distrib.lease import Sight
 from launch.command import FINISHED, STOPPED
 
+DONE = ("finished", "diverged")  # what a summary says where nothing is left to train
 OVER = ("finished", "stopped", "diverged", "failed", "cancelled", "lost")  # nothing goes on by itself
 
 # Slurm's words for a job of which something is still to come.
@@ -84,6 +90,7 @@ class Seen:
     summary: Mapping[str, Any] | None = None
     step: int = 0  # of the last line of metrics.jsonl
     writer: Sight | None = None
+    written: float | None = None  # when the summary was, in seconds since 1970 by the disk's clock
 
     def jobs(self) -> list[str]:
         """The jobs that were submitted, oldest first."""
@@ -103,7 +110,22 @@ class Seen:
         """What the summary says, where it is about the end of what was trained; else nothing."""
         if self.summary is None or not isinstance(step := self.summary.get("step"), int) or step < self.step:
             return ""
-        return str(self.summary.get("status", ""))
+        status = self.summary.get("status")
+        return status if status in (*DONE, "stopped") else ""  # another word is no state, whoever wrote it
+
+    def done(self, job: str) -> str:
+        """What the summary says, where that is that all is done, and was not so before this job's newest start.
+
+        A finished run whose steps were raised still has its summary when a job that was to go on fails at once. Clocks
+        of two machines are compared here, where the steps do not tell: the times lie as far apart as a job's life.
+        """
+        covered, end = self.covered(), self.end(job)
+        if covered not in DONE or self.summary is None:
+            return ""
+        if end is not None and isinstance(step := end.get("step"), int) and self.summary["step"] > step:
+            return covered
+        since = _seconds(self.last("began", job) or self.last("submitted", job))
+        return covered if since is not None and self.written is not None and self.written > since else ""
 
 
 @dataclass(frozen=True)
@@ -174,11 +196,13 @@ def _active_state(seen: Seen, job: Job) -> State:
 def _ended(seen: Seen, job: str, slurm: Slurm) -> tuple[str, str]:
     """Name and reason for a job that is neither in the queue nor has a writer."""
     row, end, covered = _row(job, slurm), seen.end(job), seen.covered()
+    if done := seen.done(job):
+        return done, ""
     slurms = row.state if row is not None else ""
     then = end.get("then") if end is not None else ""
     if end is not None and then == "over":
         code, reason = end.get("code"), str(end.get("reason") or "")
-        if code == FINISHED and covered in ("finished", "diverged"):
+        if code == FINISHED and covered in DONE:
             return covered, ""
         if code == FINISHED and not seen.stop:  # nobody trained: the script was misled
             return "failed", "its job ended with 0, but no summary says that the training is done"
@@ -192,7 +216,7 @@ def _ended(seen: Seen, job: str, slurm: Slurm) -> tuple[str, str]:
     taken_out = seen.stop and waited and not slurms and slurm.queue is not None
     if slurms == "CANCELLED" or taken_out:
         return ("stopped", "it was taken out of Slurm") if seen.stop else ("cancelled", "")
-    if covered in ("finished", "diverged"):
+    if covered in DONE:
         return covered, ""
     if slurms in AGAIN and slurm.queue is None:
         return "requeued", f"Slurm says {slurms}, and may have queued it again"
@@ -222,7 +246,7 @@ def _by_folder(seen: Seen) -> State:
         return State(name, reason, nodes=writer.holder.host)
     if writer is None and covered:
         return State(covered)
-    if covered in ("finished", "diverged"):
+    if covered in DONE:
         return State(covered)  # killed as it left
     if writer is not None:
         return State("lost", f"{_gone(writer)}", nodes=writer.holder.host)
@@ -234,6 +258,13 @@ def _gone(writer: Sight) -> str:
     if writer.here:
         return f"process {holder.pid} on {holder.host}, was killed"
     return f"process {holder.pid} on {holder.host}, has been silent for {writer.silent or 0:.0f} s"
+
+
+def _seconds(event: Mapping[str, Any] | None) -> float | None:
+    """When an event was, in seconds since 1970."""
+    with contextlib.suppress(ValueError):
+        return datetime.strptime(str((event or {}).get("time")), "%Y-%m-%dT%H:%M:%S%z").timestamp()
+    return None
 
 
 def _named(state: State) -> tuple[str, str]:

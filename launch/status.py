@@ -15,6 +15,7 @@ from launch.command import FINISHED, STOPPED
 from launch.logs import log_files
 from launch.runs import checkpoints, reports, resolve, restarts_within
 from launch.starts import Start, starts
+from launch.state import DONE
 from launch.survey import View, duration, moment, size, survey
 from launch.terminal import COLOURS, console
 
@@ -89,7 +90,7 @@ def lines(view: View) -> Iterator[tuple[str, str]]:
     if writer is not None:
         beat = "" if writer.silent is None else f", last heartbeat {duration(writer.silent)} ago"
         yield "writer", f"{writer.holder}{'' if writer.here and writer.alive else beat}"
-    if run.seen.stop:
+    if run.seen.stop and state.name not in DONE:  # else it went on without its job, which alone looks for that
         yield "stop", "a saved stop was asked for; the job is not queued again"
     yield from _progress(view)
     said = reports(run.record)

@@ -164,6 +164,9 @@ def test_lists_nothing(slurm: Fake, capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr() == ("", "no runs below runs\n")
     assert main(["list", "no/such"]) == 2
     assert capfd.readouterr().err == "error: there is no folder no/such\n"
+    for name in ("x" * 300, "~nobody-of-this-name"):  # a name too long for the disk is an error of the system's
+        assert main(["list", name]) == 2
+        assert capfd.readouterr().err == f"error: there is no folder {name}\n"
     Path("runs").rmdir()
     assert main(["list"]) == 2
     assert capfd.readouterr().err.startswith("error: there is no folder runs; name the folder")

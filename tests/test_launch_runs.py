@@ -95,6 +95,17 @@ def test_finds_runs_and_what_a_word_means(tree: Path) -> None:
     assert read(tree.absolute() / "a", Clock()).name == str(tree.absolute() / "a")
 
 
+def test_what_the_launcher_keeps_of_a_sweep_is_passed_over(tree: Path) -> None:
+    inside = tree / "lr-sweep" / "launch" / "code" / "runs"
+    inside.mkdir()
+    (inside / "metrics.jsonl").touch()
+    for name in ("launch", "x/launch"):  # a run of this name is one
+        (tree / name).mkdir(parents=True)
+        (tree / name / "metrics.jsonl").touch()
+    names = ["a", "launch", "lr-sweep/lr=0.5", "lr-sweep/lr=1.0", "x/launch"]
+    assert [str(path.relative_to(tree)) for path in find(tree)] == names
+
+
 def test_a_queued_run_holds_its_record_alone(tree: Path) -> None:
     run = read(tree / "lr-sweep" / "lr=1.0", Clock())
     assert run.seen.jobs() == ["31_1"]

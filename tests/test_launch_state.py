@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def ended(code: int, then: str = "over", restart: int = 0, job: str = "7", reaso
     return {"event": "ended", "time": f"u{restart}", **values}
 
 
-def summary(status: str, step: int = 40) -> dict[str, Any]:
+def summary(status: Any, step: int = 40) -> dict[str, Any]:
     return {"status": status, "step": step}
 
 
@@ -73,6 +74,8 @@ WORDLESS = "ended without its script's word"
         (Seen(step=5), "failed", "without a summary"),
         (Seen(), "failed", ""),
         (Seen(step=1, summary={"status": "finished"}), "failed", ""),
+        (Seen(step=40, summary=summary("paused")), "failed", "without a summary"),  # of a version to come, perhaps
+        (Seen(step=40, summary=summary(["finished"])), "failed", "without a summary"),
     ],
 )
 def test_a_run_without_a_job(seen: Seen, expected: str, part: str) -> None:
@@ -176,6 +179,43 @@ def test_a_run_with_a_job(seen: Seen, slurm: Slurm, expected: str, part: str) ->
     assert part in state.reason
     assert state.job in ("7", "8")
     assert "\n" not in state.reason
+
+
+@pytest.mark.parametrize("status", ["finished", "diverged"])
+@pytest.mark.parametrize(
+    ("end", "slurm"),
+    [
+        (ended(75, reason="launch stop"), GONE),
+        (ended(75, reason="cancelled"), GONE),
+        (ended(75), past("CANCELLED")),
+        (ended(1, reason="rank 3 was killed"), GONE),
+        (ended(1, reason="rank 3 was killed"), NONE),
+        (ended(75, "requeued"), past("CANCELLED")),
+        (None, past("CANCELLED")),
+    ],
+)
+@pytest.mark.parametrize("stop", [True, False])
+def test_what_went_on_to_its_end_without_its_job(end: Any, slurm: Slurm, stop: bool, status: str) -> None:
+    events = [S, {**B, "time": "2026-11-25T10:00:00+0100"}, *([end] if end else [])]
+    began = 1795597200.0  # seconds since 1970
+    seen = Seen(events, stop, summary(status, 80), 80, None, began + 3600)
+    assert judge(seen, slurm) == State(status, "", "7")
+    # Of the step of the last save, such as when only the last evaluation was left to do.
+    seen = replace(seen, summary=summary(status, 40), step=40)
+    assert judge(seen, slurm) == State(status, "", "7")
+    # The run was at its end before, and its steps were raised: what the job did counts.
+    seen = replace(seen, written=began - 3600)
+    assert (judge(seen, slurm).name == status) == (end is not None and status == "diverged" and end["code"] == 1)
+    # Went on beyond what the summary is of.
+    seen = replace(seen, step=41, written=began + 3600)
+    assert judge(seen, slurm).name not in ("finished", "diverged")
+
+
+def test_a_job_that_was_cancelled_before_it_began() -> None:
+    events = [S, B, ended(0), {**submitted("8"), "time": "2026-11-25T10:00:00+0100"}]
+    seen = Seen(events, False, summary("finished"), 40, None, 1795597200.0 - 60)
+    assert judge(seen, past("CANCELLED", job="8")).name == "cancelled"
+    assert judge(replace(seen, written=1795597200.0 + 60), past("CANCELLED", job="8")).name == "finished"
 
 
 @pytest.mark.parametrize(

@@ -202,6 +202,7 @@ def test_waits_until_a_job_has_stopped(
         ("sweep", "sweep is no run's folder: name one of those in it, such as sweep/x"),
         ("12", "job 12 has 2 runs below runs: name one of them, such as 12_0"),
         ("", "there is no run ''"),
+        ("x" * 300, "there is no run 'xxx"),
     ],
 )
 def test_a_run_that_is_not_there(

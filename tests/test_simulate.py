@@ -225,13 +225,15 @@ def test_the_lines_say_what_is_assumed_and_what_is_left_out(capsys: pytest.Captu
         "ImageNet's numbers, data.synthetic: data.root is not on this machine",
         "positions 1023 to 1023",
         "this rank: none of them",
-        "every 16th step; a stop is known to all 31 steps later at the latest",
+        "flags every 16 steps; a stop is known to all 31 steps later at the latest",
         "activations, batches",
         "are not computed",
         "the mean of the batch-norm statistics alone, as there are more than 256 ranks",
         "with steps of 40 ms and a disk that takes 500 MB/s (both assumed)",
     ):
         assert words in told
+    assert main(["--world", "1304", "--data", str(tmp_path / "nowhere"), "train.global_batch=2048"]) == 0
+    assert "ranks exchange their flags every 21 steps; a stop" in capsys.readouterr().out
     assert main(["--world", "8", "--rank", "0", *SMALL]) == 0
     told = capsys.readouterr().out
     assert "every step; a stop is known to all 1 step later" in told

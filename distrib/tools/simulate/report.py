@@ -53,19 +53,15 @@ def _evaluation(found: dict[str, Any]) -> str:
 
 
 def _rendezvous(found: dict[str, Any]) -> list[str]:
-    every = found["exchange_every"]
+    every, within = found["exchange_every"], found["stop_known_within"]
+    flags = f"ranks exchange their flags every {'step' if every == 1 else f'{every} steps'}"
     return [
         f"torchrun {' '.join(found['torchrun'])} train.py …",
         f"  {' '.join(f'{name}={value}' for name, value in found['environment'].items())}",
-        f"  ranks exchange their flags at {_each(every)} step; a stop is known to all {found['stop_known_within']} "
-        f"{'step' if found['stop_known_within'] == 1 else 'steps'} later at the latest",
+        f"  {flags}; a stop is known to all {within} {'step' if within == 1 else 'steps'} later at the latest",
         f"  time-outs: {found['step_timeout'] / 60:g} minutes for a step's collectives, "
         f"{found['control_timeout'] / 60:g} for the control group's",
     ]
-
-
-def _each(every: int) -> str:
-    return "every" if every == 1 else f"every {every}th" if every > 3 else {2: "every 2nd", 3: "every 3rd"}[every]
 
 
 def _memory(found: dict[str, Any]) -> list[str]:
