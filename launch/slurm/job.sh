@@ -146,7 +146,7 @@ reason() {
             sub(/^ +/, ""); if ($0 !~ /^rank /) $0 = "rank " rank ": " ($0 == "" ? "exit code " code : $0)
             print; exit }')
         bad=$(sed -n 1p "$DISTRIB_BAD_HOSTS_FILE" 2>/dev/null)
-        printf '%s\n' "${said:-${bad:-a rank was killed, or its node was lost}}"
+        printf '%s\n' "${bad:-${said:-a rank was killed, or its node was lost}}"
         ;;
     esac
 }
