@@ -109,7 +109,9 @@ class Lease:
                             "run.name or run.dir"
                         )
                     if holder is not None and self._succeed(holder):
-                        notify(f"{holder} has left {self._folder} without a word; taking over")
+                        before = holder.is_succeeded_by(self._me)
+                        how = "is of this job's start before" if before else f"has left {self._folder} without a word"
+                        notify(f"{holder} {how}; taking over")
                         break
             finally:
                 self._mine.unlink(missing_ok=True)

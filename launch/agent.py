@@ -31,6 +31,9 @@ from launch.command import EXIT_CODE_FILE, FAILED, FINISHED, SIGNALS, STOPPED, U
 LONGEST = 200  # characters of what a failed rank says
 
 
+_begun = False  # whether there are workers: until then a signal has nothing to save
+
+
 class _Over(Exception):
     """The workers ended in a way that another start would not change."""
 
@@ -55,9 +58,19 @@ def main(argv: Sequence[str]) -> int:
     least, most = torchrun.parse_min_max_nnodes(args.nnodes)
     _change_torchrun(elastic=least < most)
     try:
+<<<<<<< HEAD
         torchrun.run(args)
     except (SignalException, _Over):
+=======
+        torchrun.run(torchrun.parse_args(list(argv)))
+    except SignalException as error:
+        if not _begun:  # as during the import: who started us takes that for a stop
+            signal.signal(error.sigval, signal.SIG_DFL)
+            os.kill(os.getpid(), error.sigval)
+>>>>>>> w-faults
         return FAILED  # whether all is saved, the workers' reports say
+    except _Over:
+        return FAILED
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0 and rank not in _reports():
@@ -80,6 +93,11 @@ def _change_torchrun(elastic: bool) -> None:
 
     class Agent(LocalElasticAgent):
         """torchrun's, but it knows what the workers' exit codes mean."""
+
+        def _start_workers(self, worker_group: Any) -> Any:
+            global _begun
+            _begun = True
+            return super()._start_workers(worker_group)
 
         def _restart_workers(self, worker_group: Any) -> None:
             if _over(*last_words):

@@ -6,7 +6,7 @@
                               {"event": "ended", "time", "job", "restart", "code", "step", "reason", "then"}
     launch/logs/rank_00000.log    what each rank prints, over all its starts
     launch/reports/JOB.RESTART/HOST           how each rank of a node ended in one start of a job: "RANK CODE MESSAGE";
-                                              with --tasks gpu HOST.RANK
+                                              with --tasks gpu HOST.RANK; "none 75": stopped before it had ranks
     launch/reports/JOB.RESTART/HOST.restarts  why workers were started again within it: "TIME REASON"
     launch/reports/JOB.RESTART.bad_hosts      nodes that were found unfit in it: "HOST REASON"
     launch/reports/JOB.attempts               how often a job's starts ended alike at one step: "KIND STEP COUNT"

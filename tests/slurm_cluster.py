@@ -234,9 +234,10 @@ class Cluster:
     def hurry(self, job: int | str) -> None:
         """Starts a requeued job now: Slurm would wait 2 minutes, until the old credentials have expired.
 
-        A node takes no credential that is as old as its order to end the job, in whole seconds; the job would fail.
+        Not at once: a node goes on ending a job's processes for some seconds, those of the next start too, and takes
+        no credential from before it has begun to.
         """
-        time.sleep(2)
+        time.sleep(6)
         self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def enter(self, node: str, *command: str) -> str:

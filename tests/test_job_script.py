@@ -105,6 +105,7 @@ def script(tmp_path: Path, request: pytest.FixtureRequest) -> Script:
         (0, ["0 75", "1 0"], 75),
         (0, [], 75),  # both tasks were stopped before they had ranks
         (0, ["0 75"], 75),
+        (75, ["none 75 stopped before it began"], 75),
         (137, ["0 75", "1 75"], 75),  # the task was killed when all was saved
         (137, ["0 0", "1 0"], 0),
         (137, ["0 75"], 1),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -149,8 +150,11 @@ def test_a_living_holder_elsewhere_is_named(folder: Path, monkeypatch: pytest.Mo
 
 def test_a_later_start_of_the_same_job_takes_over_from_one_that_lives(folder: Path) -> None:
     write(folder, age=-1000.0, job="Slurm job 7, step 0", start=1)  # a clock that is ahead: alive for long
-    lease = Lease(folder, "Slurm job 7, step 0", 2).acquire()
+    said: list[str] = []
+    lease = Lease(folder, "Slurm job 7, step 0", 2).acquire(said.append)
     assert lease.held()
+    (line,) = said
+    assert re.match("process 4242 on node17, .* is of this job.s start before; taking over", line)
     lease.release()
 
 

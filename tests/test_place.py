@@ -7,7 +7,7 @@ import zlib
 import pytest
 
 from distrib.config import UserError
-from distrib.place import Place, find_place, first_host, publish
+from distrib.place import Place, count_starts, find_place, first_host, publish
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 TORCHRUN |= {"MASTER_ADDR": "node0", "MASTER_PORT": "29400"}
@@ -146,3 +146,8 @@ def test_publishes_torchruns_variables() -> None:
 )
 def test_the_first_host_of_slurms_list(nodes: str, first: str) -> None:
     assert first_host(nodes) == first
+
+
+@pytest.mark.parametrize(("count", "starts"), [("3", 3), ("0", 0), ("", 0), ("x", 0), (None, 0)])
+def test_how_often_slurm_has_started_a_job(count: str | None, starts: int) -> None:
+    assert count_starts({} if count is None else {"SLURM_RESTART_COUNT": count}) == starts

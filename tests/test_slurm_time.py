@@ -27,9 +27,13 @@ def test_the_time_limit_is_no_end(cluster: Cluster, tmp_path: Path) -> None:
     job = submit(cluster, tmp_path / "run", planted(tmp_path, FAULTS), "--nodes=1", "--signal-seconds=90")
     job.until_trains(steps=13)
     limit(job, job.minutes() + 1)
-    job.until_started(1)  # Slurm finds the job over its time, and takes the request to queue it again
+    job.until(lambda: job.restarts() == 1)  # Slurm finds the job over its time, and takes it back all the same
+    limit(job, 60)
+    job.until_started(1)
     job.until_trains()
-    limit(job, job.minutes() + 2)  # time enough to save
+    limit(job, job.minutes() + 2)  # the signal is due, and there is time to save
+    job.until(lambda: job.restarts() == 2)
+    limit(job, 60)
     job.until_started(2)
     assert job.until_over() == "COMPLETED"
     assert job.ends()[-2:] == [(75, "requeued"), (0, "over")]

@@ -119,9 +119,11 @@ ended() {
 }
 
 # verdict CODE: the run's code, from srun's and what the ranks said. All must have said 75 for a stop: one that failed did
-# not save. Who has the user's mistake to tell says 2. A task that was stopped before it had ranks ends with 0, unheard.
+# not save. Who has the user's mistake to tell says 2. A task that was stopped before it had ranks says "none 75": without
+# it no rank has begun.
 verdict() {
     cat "$DISTRIB_REPORTS"/* 2>/dev/null | awk -v code="$1" -v world="$DISTRIB_WORLD" '
+        $1 == "none" && $2 == 75 { early = 1 }
         NF >= 2 && $1 ~ /^[0-9]+$/ && $2 ~ /^[0-9]+$/ { last[$1] = $2 }
         END {
             for (rank in last) {
@@ -132,7 +134,7 @@ verdict() {
             }
             if (done == world) print 0
             else if (mistake) print 2
-            else if (!failed && (code == 0 || done + stopped == world)) print 75
+            else if (!failed && (code == 0 || early || done + stopped == world)) print 75
             else print 1
         }'
 }
@@ -146,7 +148,7 @@ reason() {
             sub(/^ +/, ""); if ($0 !~ /^rank /) $0 = "rank " rank ": " ($0 == "" ? "exit code " code : $0)
             print; exit }')
         bad=$(sed -n 1p "$DISTRIB_BAD_HOSTS_FILE" 2>/dev/null)
-        printf '%s\n' "${said:-${bad:-a rank was killed, or its node was lost}}"
+        printf '%s\n' "${bad:-${said:-a rank was killed, or its node was lost}}"
         ;;
     esac
 }

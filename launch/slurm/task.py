@@ -50,7 +50,8 @@ class Task:
 
         Raises:
             SystemExit: with the exit code of a failure. A requested stop ends as a success does: srun would end the
-                other tasks at the first failure, perhaps in the middle of their save.
+                other tasks at the first failure, perhaps in the middle of their save. One before this task had ranks
+                ends them at once: they would wait for this node.
         """
         settle()
         share = os.environ.get("SLURM_CPUS_PER_TASK", "")
@@ -62,15 +63,25 @@ class Task:
         made = self.command(os.environ, cores)
         print(made, flush=True)
         outcome = run(made, self.procs if self.form == "node" else 1, os.environ, file)
-        if self.form == "gpu" and outcome.code == FAILED and file is not None and not file.exists():
+        silent = file is not None and not file.exists()
+        if silent and outcome.code == STOPPED:
+            _report(file, "none", STOPPED, "stopped before it began")
+            sys.exit(STOPPED)
+        if silent and outcome.code == FAILED and self.form == "gpu":
             line = f"rank {os.environ['SLURM_PROCID']} was killed, or could not begin"
-            with contextlib.suppress(OSError):
-                file.write_text(f"{os.environ['SLURM_PROCID']} {FAILED} {line}\n", encoding="utf-8")
+            _report(file, os.environ["SLURM_PROCID"], FAILED, line)
             outcome = Outcome(FAILED, f"error: {line}")
         if outcome.message and outcome.code != STOPPED:
             print(outcome.message, file=sys.stderr, flush=True)
         if outcome.code in (FAILED, USER_ERROR):
             sys.exit(outcome.code)
+
+
+def _report(file: Path | None, rank: str, code: int, message: str) -> None:
+    """Says for ranks that could not do so themselves how they ended."""
+    if file is not None:
+        with contextlib.suppress(OSError), file.open("a", encoding="utf-8") as stream:
+            stream.write(f"{rank} {code} {message}\n")
 
 
 def find_meeting(environ: Mapping[str, str], nodes: int, restarts: int) -> Meeting:
