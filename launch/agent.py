@@ -58,16 +58,11 @@ def main(argv: Sequence[str]) -> int:
     least, most = torchrun.parse_min_max_nnodes(args.nnodes)
     _change_torchrun(elastic=least < most)
     try:
-<<<<<<< HEAD
         torchrun.run(args)
-    except (SignalException, _Over):
-=======
-        torchrun.run(torchrun.parse_args(list(argv)))
     except SignalException as error:
         if not _begun:  # as during the import: who started us takes that for a stop
             signal.signal(error.sigval, signal.SIG_DFL)
             os.kill(os.getpid(), error.sigval)
->>>>>>> w-faults
         return FAILED  # whether all is saved, the workers' reports say
     except _Over:
         return FAILED
@@ -89,18 +84,11 @@ def _change_torchrun(elastic: bool) -> None:
     from torch.distributed.elastic.multiprocessing import api
     from torch.distributed.launcher import api as launcher
 
-    last_words = (USER_ERROR,) if elastic else (STOPPED, USER_ERROR)
-
     class Agent(LocalElasticAgent):
         """torchrun's, but it knows what the workers' exit codes mean."""
 
-        def _start_workers(self, worker_group: Any) -> Any:
-            global _begun
-            _begun = True
-            return super()._start_workers(worker_group)
-
         def _restart_workers(self, worker_group: Any) -> None:
-            if _over(*last_words):
+            if _over(USER_ERROR) or (not elastic and _all_stopped(len(worker_group.workers))):
                 raise _Over
             if worker_group.state.name == "FAILED" and _all_stopped():
                 self._remaining_restarts += 1  # torchrun has just counted one
@@ -108,6 +96,8 @@ def _change_torchrun(elastic: bool) -> None:
             super()._restart_workers(worker_group)
 
         def _start_workers(self, worker_group: Any) -> dict[int, Any]:
+            global _begun
+            _begun = True
             _forget()  # not sooner: where the nodes do not meet again, these were the last words
             return dict(super()._start_workers(worker_group))
 
@@ -127,10 +117,10 @@ def _over(*codes: int) -> bool:
     return any(report.code in codes for report in _reports().values())
 
 
-def _all_stopped() -> bool:
-    """Whether all workers that said anything stopped with everything saved."""
+def _all_stopped(least: int = 1) -> bool:
+    """Whether all workers that said anything, and so many at least, stopped with everything saved."""
     reports = _reports()
-    return bool(reports) and all(report.code == STOPPED for report in reports.values())
+    return len(reports) >= least and all(report.code == STOPPED for report in reports.values())
 
 
 def _tell_restart(worker_group: Any) -> None:

@@ -21,12 +21,7 @@ from launch.record import Record
 SECONDS = 240  # for anything that a job does: a start takes 10 s on a machine of two cores that has nothing else to do
 RANK, AGENT, TASK, SCRIPT = "train.py", "launch.agent", "submitit.core", "slurm_script"  # in their commands
 HEADER = "--- "  # before what a rank prints in one start
-<<<<<<< HEAD
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # the nodes share this machine's cores
-=======
-# A plain 1 is taken for torchrun's default: each node's rank would use all cores of this machine, which they share.
-ONE_THREAD = {"OMP_NUM_THREADS": "1,1"}
->>>>>>> w-faults
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 
 
