@@ -6,7 +6,17 @@ This file is the table of contents: `build` makes each part in order, `Run.loop`
 
 import sys
 
-from distrib.faults import FAILED, FINISHED, STOPPED, USER_ERROR, Failure, Interrupted, StopSignals, report_exit
+from distrib.faults import (
+    DIVERGED,
+    FAILED,
+    FINISHED,
+    STOPPED,
+    USER_ERROR,
+    Failure,
+    Interrupted,
+    StopSignals,
+    report_exit,
+)
 
 STOP = StopSignals()  # first of all: a request to stop must not kill the run while it imports, which takes seconds
 
@@ -103,7 +113,7 @@ class Run:
     last_words: str = ""  # to be said when the logs are closed, below a terminal's bar and what W&B says
 
     def loop(self) -> int:
-        """Trains to the end, or to the step at which all ranks agree to stop; returns the exit code."""
+        """Trains to the end, or to the step at which all ranks agree to stop; returns what to report."""
         config, progress = self.config, self.progress
         agreement = Agreement(self.runtime.control)
         meter = TrainMeter(self.runtime, self.plan, self.total_steps, progress.seconds, self.step.names)
@@ -155,7 +165,7 @@ class Run:
         """Waits for the save under way, whose failure the log must still hear of, and closes the log."""
         if self.checkpointer is not None:
             self.checkpointer.wait()
-        self.log.close(code)
+        self.log.close(FAILED if code == DIVERGED else code)
 
     def eval_due(self) -> bool:
         """Whether the weights as they are now are to be evaluated and were not."""
@@ -233,7 +243,7 @@ class Run:
             self.progress.finite = finite
 
     def conclude(self, stopping: bool, images_per_second: float) -> int:
-        """Waits for the last save, writes the summary, and returns the exit code. Rank 0 only."""
+        """Waits for the last save, writes the summary, and returns what to report. Rank 0 only."""
         progress = self.progress
         assert self.checkpointer is not None
         assert self.lease is not None
@@ -259,7 +269,7 @@ class Run:
         elif diverged:
             self.log.message(f"the run ends with a loss that is no number (NaN); {words.REMEDY}", "error")
             self.last_words = f"run folder: {self.folder.path}"
-            return FAILED
+            return DIVERGED
         else:
             self.last_words = self.finished()
         return STOPPED if stopping else FINISHED
@@ -509,7 +519,8 @@ def main(start: Start) -> int:
     """Returns the exit code: 0 finished, 75 stopped with everything saved, 2 the user's to mend, 1 failed."""
     place = start.place
     try:
-        return report_exit(train(start))
+        code = train(start)
+        return report_exit(code, "the run ends with a loss that is no number (NaN)" if code == DIVERGED else "")
     except UserError as error:
         if place.rank == 0 or not error.everywhere:
             print(f"error: {error}", file=sys.stderr)
@@ -520,7 +531,7 @@ def main(start: Start) -> int:
             print(f"error: {error}", file=sys.stderr)
         if error.everywhere:  # else another rank may be within a collective
             leave()
-        return report_exit(FAILED, str(error))
+        return report_exit(error.code, str(error))
     except KeyboardInterrupt:
         print("interrupted twice; what was trained since the newest checkpoint is not saved", file=sys.stderr)
         return report_exit(FAILED, "interrupted twice; not saved")
@@ -530,7 +541,7 @@ def main(start: Start) -> int:
 
 
 def train(start: Start) -> int:
-    """One start of a run, from its parts to its last words; returns the exit code."""
+    """One start of a run, from its parts to its last words; returns what to report."""
     with contextlib.ExitStack() as leaving:
         try:
             run = build(start, leaving)

@@ -14,6 +14,9 @@ from typing import Any
 
 FINISHED, FAILED, USER_ERROR = 0, 1, 2
 STOPPED = 75  # EX_TEMPFAIL: stopped on request with everything saved, start me again
+# Of a rank's report alone, for whoever starts ranks again; the process ends with FAILED.
+DIVERGED = 3  # the loss is no number: another start would end so too
+BAD_MACHINE = 4  # the preflight failed: another start on the same machines would, too
 
 # What Slurm, submitit, torchrun, a terminal that is closed, and a person at one send when the time is up.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
@@ -29,12 +32,13 @@ class Interrupted(Exception):
 class Failure(Exception):
     """Ends the run with one line and exit code 1: nothing in the configuration or the data would mend it.
 
-    ``everywhere``: all ranks of the run meet it, so that rank 0 alone tells it.
+    ``everywhere``: all ranks of the run meet it, so that rank 0 alone tells it. ``code``: what the rank reports.
     """
 
-    def __init__(self, message: str, everywhere: bool = False) -> None:
+    def __init__(self, message: str, everywhere: bool = False, code: int = FAILED) -> None:
         super().__init__(message)
         self.everywhere = everywhere
+        self.code = code
 
 
 class StopSignals:
@@ -176,7 +180,8 @@ class Agreement:
 def report_exit(code: int, message: str = "") -> int:
     """Tells the launcher how this rank ended, as a line "RANK CODE MESSAGE": torchrun says 1 for every failure.
 
-    torchrun's own table of failures gets the message through the file that it names for it.
+    Returns the process's exit code: FAILED for DIVERGED and BAD_MACHINE, else ``code``. torchrun's own table of
+    failures gets the message through the file that it names for it.
     """
     message = " ".join(message.split())
     if path := os.environ.get("DISTRIB_EXIT_CODE_FILE"):
@@ -187,4 +192,4 @@ def report_exit(code: int, message: str = "") -> int:
         extra = {"timestamp": str(int(time.time()))}
         with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
             json.dump({"message": {"message": words, "extraInfo": extra}}, file)
-    return code
+    return FAILED if code in (DIVERGED, BAD_MACHINE) else code

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from distrib.config import UserError
-from distrib.faults import FAILED, FINISHED, STOPPED, USER_ERROR, Failure, Interrupted, StopSignals, report_exit
+from distrib.faults import FINISHED, STOPPED, USER_ERROR, Failure, Interrupted, StopSignals, report_exit
 from distrib.layout.folders import reason, shown
 from distrib.place import find_place
 from distrib.surroundings import settle
@@ -34,7 +34,7 @@ def run(work: Callable[[StopSignals], int | None]) -> int:
     except Failure as error:
         if _is_first() or not error.everywhere:
             print(f"error: {error}", file=sys.stderr)
-        return report_exit(FAILED, str(error))
+        return report_exit(error.code, str(error))
     except (Interrupted, KeyboardInterrupt):
         if _is_first():
             print(f"stopped ({stop.received or 'on request'}) before the end", file=sys.stderr)

@@ -4,8 +4,9 @@ Where a worker fails or a signal arrives torchrun ends in a traceback and a tabl
 wrong. This program runs torchrun's parser and agent as they are, and ends in an exit code; the launcher has the
 workers' reports and says how it ended. ``LOGLEVEL=INFO`` brings torchrun's words back.
 
-With ``--max-restarts`` torchrun starts workers again after any exit code but 0. Here a rank that stopped on request or
-found a mistake of the user's ends the run, and why workers are started again is written beside their reports.
+With ``--max-restarts`` torchrun starts workers again after any exit code but 0. Here a rank ends the run that stopped
+on request, found a mistake of the user's or a bad machine, or diverged: another start here would change nothing. Why
+workers are started again is written beside their reports.
 
 With ``--nnodes=MIN:MAX`` nodes may come and go. All ranks stop for that, with everything saved, as on a request; the
 nodes that stay then go on, and a node that was asked to stop is one that goes. That uses up no restart.
@@ -26,10 +27,21 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launch.command import EXIT_CODE_FILE, FAILED, FINISHED, SIGNALS, STOPPED, USER_ERROR, Report, read_reports
+from launch.command import (
+    BAD_MACHINE,
+    DIVERGED,
+    EXIT_CODE_FILE,
+    FAILED,
+    FINISHED,
+    SIGNALS,
+    STOPPED,
+    USER_ERROR,
+    Report,
+    read_reports,
+)
 
 LONGEST = 200  # characters of what a failed rank says
-
+FINAL = (USER_ERROR, DIVERGED, BAD_MACHINE)  # what another start on this machine would end with again
 
 _begun = False  # whether there are workers: until then a signal has nothing to save
 
@@ -72,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
             _report(rank, f"rank {rank} was killed by {failure.signal_name()}")
         return FAILED
     except Exception as error:
-        if not _over(STOPPED, USER_ERROR):  # else the node where the agents met has left before us
+        if not _over(STOPPED, *FINAL):  # else the node where the agents met has left before us
             print(f"error: torchrun: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
         return FAILED
     return FINISHED
@@ -88,7 +100,7 @@ def _change_torchrun(elastic: bool) -> None:
         """torchrun's, but it knows what the workers' exit codes mean."""
 
         def _restart_workers(self, worker_group: Any) -> None:
-            if _over(USER_ERROR) or (not elastic and _all_stopped(len(worker_group.workers))):
+            if _over(*FINAL) or (not elastic and _all_stopped(len(worker_group.workers))):
                 raise _Over
             if worker_group.state.name == "FAILED" and _all_stopped():
                 self._remaining_restarts += 1  # torchrun has just counted one
@@ -113,7 +125,7 @@ def _change_torchrun(elastic: bool) -> None:
 
 
 def _over(*codes: int) -> bool:
-    """Whether a worker said one of these codes: that it stopped on request, or that the user has something to mend."""
+    """Whether a worker of this node said one of these codes."""
     return any(report.code in codes for report in _reports().values())
 
 

@@ -14,6 +14,9 @@ FINISHED, FAILED, USER_ERROR = 0, 1, 2
 STOPPED = 75  # EX_TEMPFAIL: stopped on request with everything saved, start me again
 
 # The file to which each worker appends `RANK CODE MESSAGE` as it ends; torchrun tells a failure only as 1.
+# Two codes stand in it alone, of processes that end with 1: the run diverged, or the preflight found a bad machine.
+DIVERGED, BAD_MACHINE = 3, 4
+FAILURES = (FAILED, DIVERGED, BAD_MACHINE)
 EXIT_CODE_FILE = "DISTRIB_EXIT_CODE_FILE"
 
 TORCHRUN, AGENT = "torch.distributed.run", "launch.agent"
@@ -154,6 +157,6 @@ def judge(
     if forwarded is not None and returncode == -forwarded and not codes:
         return Outcome(STOPPED, "stopped on request before anything began; the same command starts it")
     which = ", ".join(f"rank {rank}: {report.code}" for rank, report in sorted(reports.items()) if report.code)
-    said = next((report.message for report in reports.values() if report.code == FAILED and report.message), "")
+    said = next((report.message for report in reports.values() if report.code in FAILURES and report.message), "")
     reason = said or f"torchrun exited with {returncode}{f' ({which})' if which else ''}, the first error stands above"
     return Outcome(FAILED, f"error: {reason}")

@@ -12,7 +12,9 @@ import pytest
 import runs
 from test_step import run_ranks
 
-from distrib.faults import Agreement, exchange_interval, ring_seconds
+import launch.command as launcher
+from distrib import faults
+from distrib.faults import Agreement, exchange_interval, report_exit, ring_seconds
 from distrib.runtime import Runtime
 
 EVERY = 3
@@ -31,6 +33,20 @@ def test_an_exchange_needs_a_fraction_of_a_step_at_any_size() -> None:
         calls = exchange_interval(world)
         assert 0 <= low <= high < calls * 0.0065
         assert world <= 64 or calls * 0.0065 < 2.5 * high
+
+
+@pytest.mark.parametrize(
+    ("code", "ends_with"),
+    [("FINISHED", 0), ("FAILED", 1), ("USER_ERROR", 2), ("STOPPED", 75), ("DIVERGED", 1), ("BAD_MACHINE", 1)],
+)
+def test_the_launcher_reads_what_a_rank_reports(
+    code: str, ends_with: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISTRIB_EXIT_CODE_FILE", str(tmp_path / "reports"))
+    monkeypatch.setenv("RANK", "3")
+    assert report_exit(getattr(faults, code), "why\n not") == ends_with
+    said = launcher.read_reports((tmp_path / "reports").read_text())
+    assert said == {3: launcher.Report(getattr(launcher, code), "why not")}
 
 
 def test_the_model_of_the_ring() -> None:
@@ -139,14 +155,32 @@ def test_a_stopped_run_goes_on_to_the_bit(tmp_path: Path) -> None:
     assert runs.trace(folder, 2) == runs.trace(reference, 2)
 
 
-@pytest.mark.usefixtures("seldom")
-def test_a_stop_within_an_evaluation_is_seen_there(tmp_path: Path) -> None:
+# The first batch of an evaluation comes when the test has seen that it is waited for, and has asked for a stop.
+WAITS = """
+import os, pathlib, time
+from distrib.engine.evaluate import Evaluator
+
+def evaluate(self, network, batches, plan, runtime, agreement, stop, tell):
+    def late():
+        pathlib.Path(os.environ["EVALUATES"]).touch()
+        while not stop.requested():
+            time.sleep(0.01)
+        yield from batches
+
+    return ordinary(self, network, late(), plan, runtime, agreement, stop, tell)
+
+ordinary, Evaluator.__call__ = Evaluator.__call__, evaluate
+"""
+
+
+def test_a_stop_within_an_evaluation_is_seen_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["data.loader=synthetic", "data.synthetic.train=5000", "data.synthetic.val=9000", "data.eval_batch=50"]
     words += ["train.eval_every_epochs=0.3"]  # each 30 steps
-    folder = tmp_path / "run"
+    folder, evaluates = tmp_path / "run", tmp_path / "evaluates"
+    monkeypatch.setenv("EVALUATES", str(evaluates))
+    runs.change(tmp_path, monkeypatch, f"import distrib.faults as f; f.exchange_interval = lambda world: 4\n{WAITS}")
     process = runs.begin(2, folder, *words)
-    runs.wait_until(lambda: runs.steps_traced(folder) >= 30, process)
-    time.sleep(0.2)
+    runs.wait_until(lambda: evaluates.exists(), process)
     process.send_signal(signal.SIGTERM)
     runs.finish(process)
     assert runs.exit_codes(folder) == [75, 75]

@@ -161,6 +161,27 @@ def test_failures_at_one_step_are_counted(script: Script) -> None:
     assert len(script.asked()) == 5
 
 
+def test_a_run_that_diverged_is_over(script: Script) -> None:
+    assert script.srun(1, script.says("0 3 the loss is NaN", "1 75")) == 1
+    assert script.asked() == []
+    assert (script.ended()["code"], script.ended()["then"]) == (1, "over")
+    assert script.ended()["reason"] == "diverged, and another start would again: rank 0: the loss is NaN"
+
+
+def test_a_bad_machine_is_a_failure_that_may_be_mended(script: Script) -> None:
+    script.environ["DISTRIB_EXCLUDE"] = "true"
+    said = script.says("0 4 preflight: rank 1 on n2 is slow", "1 4 preflight: rank 1 on n2 is slow")
+    bad = 'echo "n2 rank 1 on n2 is slow" >"$DISTRIB_BAD_HOSTS_FILE"'
+    for start in range(3):
+        assert script.srun(1, f"{said}; {bad}", start) == 1
+        last = start == 2
+        assert (script.ended()["code"], script.ended()["then"]) == (1, "over" if last else "requeued")
+        reason = "n2 rank 1 on n2 is slow"
+        many = "failed 3 times at step 0 without a newer checkpoint: "
+        assert script.ended()["reason"] == (f"{many}{reason}" if last else reason)
+    assert script.asked() == ["requeue 6_1", "update JobId=6_1 ExcNodeList=n2"] * 2
+
+
 def test_stops_without_a_step_are_counted_too(script: Script) -> None:
     script.srun(0, script.says("0 75", "1 75"))
     attempts = Record(script.run).reports / "6_1.attempts"

@@ -182,6 +182,8 @@ def test_reads_reports() -> None:
         (1, {0: 2, 1: 1}, None, USER_ERROR),
         (1, {0: 2, 1: 75}, None, USER_ERROR),
         (1, {1: 2}, None, USER_ERROR),
+        (1, {0: 3, 1: 3}, None, FAILED),
+        (1, {0: 4, 1: 75}, None, FAILED),
         (1, {0: 0, 1: 0}, None, FAILED),
         (1, {}, None, FAILED),
         (1, {}, signal.SIGTERM, FAILED),
@@ -208,7 +210,8 @@ def test_says_what_continues_where_rank_0_did_not() -> None:
 
 def test_repeats_the_workers_own_message() -> None:
     assert judge(1, {0: Report(1), 1: Report(2, "no images")}, 2).message == "error: no images"
-    assert judge(1, {0: Report(1, "loss is nan")}, 2).message == "error: loss is nan"
+    for code in (1, 3, 4):
+        assert judge(1, {0: Report(code, "loss is nan")}, 2).message == "error: loss is nan"
 
 
 def test_dry_run_only_prints(

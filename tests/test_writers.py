@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import runs
 
+from distrib.faults import DIVERGED
+
 SYNTHETIC = ["data.loader=synthetic", "data.synthetic.train=5000", "data.synthetic.val=50", "log.every_steps=1"]
 LONG = [*SYNTHETIC, "data.synthetic.train=5000000", "train.steps=100000", "schedule.warmup_epochs=0"]
 
@@ -190,5 +192,6 @@ def test_a_run_that_ends_without_a_number_fails(tmp_path: Path) -> None:
         assert "Traceback" not in printed
         summary = json.loads((folder / "summary.json").read_text(), parse_constant=no_constant)
         assert summary["status"] == "diverged"
+        assert runs.exit_codes(folder) == [DIVERGED] * (start + 1)
         for line in (folder / "metrics.jsonl").read_text().splitlines():
             json.loads(line, parse_constant=no_constant)

@@ -20,7 +20,8 @@ What is found, and how the run ends:
 
 Each error names rank and host. All ranks have the same table of what each found, judge it alike, and so end together;
 but a test that fails or does not end is told by each rank that meets it. A bad machine's name is appended to the file
-that DISTRIB_BAD_HOSTS_FILE names, as a line "HOST REASON", for a launcher that starts again without it.
+that DISTRIB_BAD_HOSTS_FILE names, as a line "HOST REASON", for a launcher that starts again without it. The ranks
+report BAD_MACHINE (``distrib.faults``), so that nobody starts them again on the same machines.
 
 What is not looked at: the list of images, which train.py compares where it is made; room for a checkpoint, whose size
 is known later; a rank that never comes, for which the ranks wait where they meet.
@@ -39,7 +40,7 @@ from typing import NoReturn
 import torch
 
 from distrib.config import Auto
-from distrib.faults import Failure
+from distrib.faults import BAD_MACHINE, Failure
 from distrib.preflight import disk, links, sums
 from distrib.preflight.clocks import LARGEST_SKEW, Clock, compare_clocks
 from distrib.preflight.facts import Bad, Rank, check_gpus, check_versions, differences, group, host, look
@@ -108,9 +109,10 @@ def preflight(runtime: Runtime, folder: Path, notify: Callable[[str], None]) -> 
         except (torch.AcceleratorError, torch.OutOfMemoryError) as error:  # this rank's own device
             reason = f"has a GPU that fails in {watch.test}: {_first_line(error)}"
             note(reason)
-            raise Failure(f"preflight: {who} {reason}") from None
+            raise Failure(f"preflight: {who} {reason}", code=BAD_MACHINE) from None
         except RuntimeError as error:  # torch's kinds for connections and for NCCL are RuntimeErrors
-            raise Failure(f"preflight: {who} fails in {watch.test}: {_first_line(error)}") from None
+            line = f"preflight: {who} fails in {watch.test}: {_first_line(error)}"
+            raise Failure(line, code=BAD_MACHINE) from None
     if runtime.is_main:
         for warning in report.warnings:
             notify(f"preflight: {warning}")
@@ -177,7 +179,7 @@ def _look_at_all(runtime: Runtime, folder: Path, notify: Callable[[str], None], 
 def _fail(bad: Sequence[Bad]) -> NoReturn:
     """Ends all ranks with one line; they agree on ``bad``."""
     more = f"; and {len(bad) - TOLD} more ranks" if len(bad) > TOLD else ""
-    raise Failure(f"preflight: {'; '.join(map(str, bad[:TOLD]))}{more}", everywhere=True)
+    raise Failure(f"preflight: {'; '.join(map(str, bad[:TOLD]))}{more}", everywhere=True, code=BAD_MACHINE)
 
 
 def _note_hosts(reasons: Mapping[str, str], notify: Callable[[str], None]) -> None:

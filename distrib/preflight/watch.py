@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable
 
-from distrib.faults import FAILED, report_exit
+from distrib.faults import BAD_MACHINE, report_exit
 
 SECONDS = 30.0  # for the whole preflight
 
@@ -44,5 +44,4 @@ class Watch:
             os.write(2, f"error: {line}\n".encode())
         if self._alone:
             self._note(reason)
-        report_exit(FAILED, line)
-        os._exit(FAILED)
+        os._exit(report_exit(BAD_MACHINE, line))

@@ -74,6 +74,7 @@ finish() {
     then=over
     case $code in
     0 | 2) ended "$code" "$reason" over ;;
+    3) ended 1 "diverged, and another start would again: $reason" over ;;
     esac
     case $(fate) in
     requeued) then=requeued ;;
@@ -119,8 +120,8 @@ ended() {
 }
 
 # verdict CODE: the run's code, from srun's and what the ranks said. All must have said 75 for a stop: one that failed did
-# not save. Who has the user's mistake to tell says 2. A task that was stopped before it had ranks says "none 75": without
-# it no rank has begun.
+# not save. Who has the user's mistake to tell says 2; 3: the loss is no number (diverged); 4: a bad machine, which is a
+# failure like others here. A task that was stopped before it had ranks says "none 75": without it no rank has begun.
 verdict() {
     cat "$DISTRIB_REPORTS"/* 2>/dev/null | awk -v code="$1" -v world="$DISTRIB_WORLD" '
         $1 == "none" && $2 == 75 { early = 1 }
@@ -130,10 +131,12 @@ verdict() {
                 if (last[rank] == 0) done++
                 else if (last[rank] == 75) stopped++
                 else if (last[rank] == 2) mistake++
+                else if (last[rank] == 3) diverged++
                 else failed++
             }
             if (done == world) print 0
             else if (mistake) print 2
+            else if (diverged) print 3
             else if (!failed && (code == 0 || early || done + stopped == world)) print 75
             else print 1
         }'
@@ -144,7 +147,8 @@ reason() {
     0) echo "finished" ;;
     75) echo "asked to stop: preempted, or the time was up" ;;
     *)
-        said=$(cat "$DISTRIB_REPORTS"/* 2>/dev/null | awk -v code="$1" '$1 ~ /^[0-9]+$/ && $2 == code { rank = $1; $1 = $2 = ""
+        said=$(cat "$DISTRIB_REPORTS"/* 2>/dev/null | awk -v code="$1" '
+            $1 ~ /^[0-9]+$/ && ($2 == code || (code == 1 && $2 == 4)) { rank = $1; $1 = $2 = ""
             sub(/^ +/, ""); if ($0 !~ /^rank /) $0 = "rank " rank ": " ($0 == "" ? "exit code " code : $0)
             print; exit }')
         bad=$(sed -n 1p "$DISTRIB_BAD_HOSTS_FILE" 2>/dev/null)
