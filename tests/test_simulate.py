@@ -30,6 +30,7 @@ from distrib.tools.simulate import rank as simulated
 from distrib.tools.simulate.__main__ import main
 from distrib.tools.simulate.rank import Assumed, place_of, simulate
 from distrib.tools.simulate.sizes import Sizes, measure
+from launch.__main__ import main as launch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -169,7 +170,8 @@ def test_sizes_are_those_of_the_real_tensors(words: tuple[str, ...]) -> None:
     alone = Runtime(0, 1, 0, 1, torch.device("cpu"))
     saved = TrainState(network, optimizer, torch.amp.GradScaler("cpu", enabled=False), ema, alone).capture()
     network(torch.zeros(2, 3, 32, 32)).sum().backward()
-    assert measure(network, cfg, 1) == Sizes(
+    sizes = measure(network, 1, ema=cfg.ema is not None, momentum=cfg.optim.momentum > 0)
+    assert sizes == Sizes(
         parameters=bytes_of(list(network.parameters())),
         gradients=bytes_of([p.grad for p in network.parameters() if p.grad is not None]),
         momentum=bytes_of(saved["optimizer"]["state"]),
@@ -179,7 +181,7 @@ def test_sizes_are_those_of_the_real_tensors(words: tuple[str, ...]) -> None:
         rows=bytes_of(saved["statistics"]),
         checkpoint=bytes_of(saved),
     )
-    assert bytes_of(saved["statistics"]) == measure(network, cfg, 1).mean // 2
+    assert bytes_of(saved["statistics"]) == sizes.mean // 2
     assert 0 < len(statistics_of(network)) < len(network.state_dict())
 
 
@@ -266,7 +268,7 @@ def test_a_mistake_is_one_line(words: str, expected: str, capsys: pytest.Capture
 def test_as_the_launcher_calls_it(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "IMAGENET_DIR"}
     command = [sys.executable, "-m", "distrib.tools.simulate", "--world", "16", "--local-world", "4", "--rank", "5"]
-    command += ["--config", str(runs.ROOT / "configs" / "resnet50.yaml"), "run.name=paper", "--json"]
+    command += ["--no-rendezvous", "--config", str(runs.ROOT / "configs" / "resnet50.yaml"), "--json"]
     done = subprocess.run(
         command, env=environment | {"PYTHONPATH": str(runs.ROOT)}, cwd=tmp_path, capture_output=True, text=True,
         timeout=120, check=False,
@@ -274,8 +276,22 @@ def test_as_the_launcher_calls_it(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     found = json.loads(done.stdout)
     assert found["place"]["local_rank"] == 1
-    assert "--rdzv-id=paper" in found["rendezvous"]["torchrun"]
+    assert set(found["rendezvous"]) == {"step_timeout", "control_timeout", "exchange_every", "stop_known_within"}
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_launcher_says_once_where_the_nodes_meet(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(runs.ROOT))
+    words = ["slurm", "--nodes", "4", "--gpus-per-node", "2", "--dry-run", "--simulate"]
+    assert launch([*words, "--config", str(runs.ROOT / "configs" / "resnet50.yaml"), *SMALL]) == 0
+    told = capfd.readouterr().out
+    assert told.count("--rdzv-endpoint=") == told.count("--nnodes=") == 1
+    assert "\nrank 7 of 8: machine 3 of 4" in told
+    assert "\nranks exchange their flags every step" in told
+    assert "FIRST_NODE" not in told
 
 
 def test_the_compiler_is_not_imported_and_comes_where_it_is_asked_for() -> None:

@@ -122,7 +122,7 @@ def simulate(config: str, overrides: Sequence[str], request: Request) -> int:
     """Computes the plan and the memory of the last rank, in a process of its own, as it needs torch."""
     print(flush=True)
     size = ["--world", str(request.world), "--local-world", str(request.procs), "--rank", str(request.world - 1)]
-    done = subprocess.run([sys.executable, "-m", SIMULATE, *size, "--config", config, *overrides])
+    done = subprocess.run([sys.executable, "-m", SIMULATE, "--no-rendezvous", *size, "--config", config, *overrides])
     return done.returncode if done.returncode in (FINISHED, USER_ERROR) else 1
 
 

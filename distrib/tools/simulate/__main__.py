@@ -44,6 +44,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--write", type=positive, default=1000, metavar="MB/S", help="assume such a disk; default: %(default)s"
     )
+    parser.add_argument(
+        "--no-rendezvous", action="store_true", help="leave torchrun's words out, where a launcher says its own"
+    )
     parser.add_argument("--json", action="store_true", help="print an object: bytes, seconds")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, as for train.py")
     return parser.parse_words(argv)
@@ -62,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
         args = parse(argv)
         place = place_of(args.rank, args.world, args.local_world)
         config = load_config(args.config, args.overrides)
-        found = simulate(config, place, Assumed(args.step / 1e3, args.write * 1e6))
+        found = simulate(config, place, Assumed(args.step / 1e3, args.write * 1e6), not args.no_rendezvous)
         print(json.dumps(found, indent=2) if args.json else "\n".join(lines(found)))
         return FINISHED
 

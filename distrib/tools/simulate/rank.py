@@ -45,8 +45,10 @@ class Assumed:
     write: float
 
 
-def simulate(asked: Config, place: Place, assumed: Assumed) -> dict[str, Any]:
+def simulate(asked: Config, place: Place, assumed: Assumed, meeting: bool = True) -> dict[str, Any]:
     """All that is printed, for the rank at ``place``; sizes in bytes, times in seconds.
+
+    ``meeting``: with torchrun's words and the rank's variables, as for nodes where it is started by hand.
 
     Raises:
         UserError: the configuration or the data is wrong, or does not fit so many ranks.
@@ -59,7 +61,8 @@ def simulate(asked: Config, place: Place, assumed: Assumed) -> dict[str, Any]:
     if config.optim.freeze is not None:
         freeze(network, config.optim.freeze)
     check_batch_norm(network, plan.smallest_slice, config.data.size)
-    sizes, state = measure(network, config, place.world), network.state_dict()
+    ema, momentum = config.ema is not None, config.optim.momentum > 0
+    sizes, state = measure(network, place.world, ema, momentum), network.state_dict()
     with _fake_group(place) as runtime:
         every = Agreement(runtime.control).every
         # Memory that nobody writes to. Module.to_empty does it too, and imports 2 s worth of symbols.
@@ -77,7 +80,10 @@ def simulate(asked: Config, place: Place, assumed: Assumed) -> dict[str, Any]:
         "plan": _plan(config, plan, lr),
         "first_step": [_slice(part) for part in plan.slices(0)],
         "evaluation": _evaluation(eval_plan),
-        "rendezvous": _rendezvous(config, place, every),
+        "rendezvous": {
+            **(_meeting(config.run.name, place) if meeting else {}),
+            **_waiting(config.data.wait_minutes, every),
+        },
         "memory": {
             "device": {
                 "parameters": sizes.parameters, "gradients": sizes.gradients, "momentum": sizes.momentum,
@@ -196,15 +202,20 @@ def _evaluation(plan: EvalPlan) -> dict[str, Any]:
     }
 
 
-def _rendezvous(config: Config, place: Place, every: int) -> dict[str, Any]:
+def _meeting(name: str, place: Place) -> dict[str, Any]:
     environment: dict[str, str] = {}
     publish(place, environment)
     nodes, each = place.world // place.local_world, f"--nproc-per-node={place.local_world}"
-    meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint={FIRST_NODE}:{PORT}", f"--rdzv-id={config.run.name}"]
+    meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint={FIRST_NODE}:{PORT}", f"--rdzv-id={name}"]
     return {
         "torchrun": ["--standalone", each] if nodes == 1 else [f"--nnodes={nodes}", each, *meeting],
         "environment": environment,
-        "step_timeout": step_timeout(config.data.wait_minutes).total_seconds(),
+    }
+
+
+def _waiting(wait_minutes: float, every: int) -> dict[str, Any]:
+    return {
+        "step_timeout": step_timeout(wait_minutes).total_seconds(),
         "control_timeout": CONTROL_TIMEOUT.total_seconds(),
         "exchange_every": every,
         "stop_known_within": 2 * every - 1,

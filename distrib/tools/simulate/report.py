@@ -55,11 +55,14 @@ def _evaluation(found: dict[str, Any]) -> str:
 def _rendezvous(found: dict[str, Any]) -> list[str]:
     every, within = found["exchange_every"], found["stop_known_within"]
     flags = f"ranks exchange their flags every {'step' if every == 1 else f'{every} steps'}"
+    meeting = []
+    if "torchrun" in found:
+        variables = " ".join(f"{name}={value}" for name, value in found["environment"].items())
+        meeting = [f"torchrun {' '.join(found['torchrun'])} train.py …", f"  {variables}"]
     return [
-        f"torchrun {' '.join(found['torchrun'])} train.py …",
-        f"  {' '.join(f'{name}={value}' for name, value in found['environment'].items())}",
-        f"  {flags}; a stop is known to all {within} {'step' if within == 1 else 'steps'} later at the latest",
-        f"  time-outs: {found['step_timeout'] / 60:g} minutes for a step's collectives, "
+        *meeting,
+        f"{flags}; a stop is known to all {within} {'step' if within == 1 else 'steps'} later at the latest",
+        f"time-outs: {found['step_timeout'] / 60:g} minutes for a step's collectives, "
         f"{found['control_timeout'] / 60:g} for the control group's",
     ]
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from distrib.config import Config
 from distrib.engine.state import ROWS_UP_TO, statistics_of
 
 DOUBLE = 8  # bytes; the ranks' statistics are summed so
@@ -49,23 +48,23 @@ class Sizes:
         return self.statistics // torch.float32.itemsize * DOUBLE
 
 
-def measure(network: nn.Module, config: Config, world: int) -> Sizes:
-    """Of ``network`` in training mode, its frozen stages frozen, trained as ``config`` says on ``world`` ranks."""
+def measure(network: nn.Module, world: int, ema: bool, momentum: bool) -> Sizes:
+    """Of ``network`` in training mode, its frozen stages frozen, trained on ``world`` ranks with or without the two."""
     state = network.state_dict()
-    averages = 1 if config.ema is not None else 0
+    averages = 1 if ema else 0
     statistics = (1 + averages) * _bytes(state[key] for key in statistics_of(network))
     trained = _bytes(p for p in network.parameters() if p.requires_grad)
-    momentum = trained if config.optim.momentum else 0
+    velocity = trained if momentum else 0
     rows = world * statistics if world <= ROWS_UP_TO else 0
     return Sizes(
         parameters=_bytes(network.parameters()),
         gradients=trained,
-        momentum=momentum,
+        momentum=velocity,
         ema=averages * _bytes(tensor for tensor in state.values() if tensor.is_floating_point()),
         buffers=_bytes(network.buffers()),
         statistics=statistics,
         rows=rows,
-        checkpoint=(1 + averages) * _bytes(state.values()) + momentum + rows,
+        checkpoint=(1 + averages) * _bytes(state.values()) + velocity + rows,
     )
 
 
