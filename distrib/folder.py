@@ -18,7 +18,7 @@ from distrib.cli import dump_config
 from distrib.config import Config, UserError
 from distrib.follow import flatten
 from distrib.jsonl import dumps, replace_file
-from distrib.root import INSTALLED
+from distrib.root import INSTALLED, REVISION
 
 PACKAGES = ("distrib", "torch", "torchvision", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "wandb")
 WAYS_OUT = "choose another run.name, or begin anew with --fresh"
@@ -175,9 +175,13 @@ def _versions() -> list[str]:
 
 
 def _git_revision() -> str:
-    """The commit of the code, with "+changes" where the tree differs from it."""
-    if INSTALLED:  # a repository around the environment is not the code's
-        return "unknown"
+    """The commit of the code, with "+changes" where the tree differs from it; a copy has it in a file beside it."""
+    try:
+        copied = " ".join(REVISION.read_text(encoding="utf-8", errors="replace").split())
+    except OSError:
+        copied = ""
+    if copied or INSTALLED:  # a repository around the environment, or around a run's folder, is not the code's
+        return copied or "unknown"
     code = Path(__file__).resolve().parent.parent
     try:
         commands = (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])

@@ -13,3 +13,4 @@ _CARRIED = _PACKAGE / "carried"  # setup.py fills it in a wheel; a checkout has 
 INSTALLED = _CARRIED.is_dir()
 ROOT = _CARRIED if INSTALLED else _PACKAGE.parent
 TRAIN = ROOT / "train.py"
+REVISION = ROOT / "REVISION"  # beside a copy of the code, which no repository knows: what it is a copy of, in one line

@@ -107,6 +107,7 @@ look() {
   done
   label=$(buildah inspect --type image --format '{{index .Docker.Config.Labels "org.opencontainers.image.revision"}}' localhost/distrib:check)
   [ "$label" = checked ]
+  says '^checked$' python -c 'from distrib.folder import _git_revision; print(_git_revision())'
   health=$(buildah inspect --type image --format '{{range .Docker.Config.Healthcheck.Test}}{{.}} {{end}}' localhost/distrib:check)
   [ "${health%% *}" = CMD ]
   # shellcheck disable=SC2086

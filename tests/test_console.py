@@ -239,6 +239,16 @@ def test_an_installed_copy_names_no_revision(installed: Path, tmp_path: Path) ->
         subprocess.run([*git, *words], check=True, timeout=60)
     code = "from distrib.folder import _git_revision; print(_git_revision())"
     assert python("-c", code, cwd=tmp_path, path=inside / "env").stdout == "unknown\n"
+    (inside / "env/distrib/carried/REVISION").write_text("0123456789ab\n+changes\n")  # as an image has it
+    assert python("-c", code, cwd=tmp_path, path=inside / "env").stdout == "0123456789ab +changes\n"
+
+
+def test_a_copy_of_the_checkout_names_the_revision_it_was_made_of(tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(runs.ROOT / "distrib", copy / "distrib", ignore=shutil.ignore_patterns("__pycache__"))
+    (copy / "REVISION").write_text("0123456789ab+changes\n")
+    code = "from distrib.folder import _git_revision; print(_git_revision())"
+    assert python("-c", code, cwd=tmp_path, path=copy).stdout == "0123456789ab+changes\n"
 
 
 def test_it_launches(installed: Path, tmp_path: Path) -> None:
