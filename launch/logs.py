@@ -12,7 +12,7 @@ from pathlib import Path
 
 from distrib.config import UserError
 from distrib.options import PlainParser, positive
-from launch.command import FINISHED
+from launch.command import FAILED, FINISHED
 from launch.record import Record
 from launch.runs import resolve
 from launch.state import State
@@ -25,7 +25,7 @@ FOLDER_SECONDS = 2.0  # between looks at the folder of a run without Slurm
 
 
 def main(argv: Sequence[str], train: Path) -> int:
-    """Shows a log; returns 0, also where Ctrl-C ends it.
+    """Shows a log; returns 0, or with ``--follow`` how the run ended (see ``follow``).
 
     Raises:
         UserError: there is no such run, or it keeps no log.
@@ -34,6 +34,8 @@ def main(argv: Sequence[str], train: Path) -> int:
         prog="python -m launch logs",
         description="What a rank of a job prints, over all its starts. A run that no job trains prints to its "
         "terminal alone.",
+        epilog="with -f the exit code says how the run ended: 0 finished, 75 stopped with all saved, 2 its configuration "
+        "or data is wrong, 1 otherwise, and where Ctrl-C came first",
     )
     parser.add_argument("run", metavar="RUN", help="a run's folder, its name below runs, or the number of its job")
     parser.add_argument("-f", "--follow", action="store_true", help="show what comes until the run is over")
@@ -80,9 +82,10 @@ def log_files(record: Record, rank: int) -> list[Path]:
 
 
 def follow(record: Record, rank: int = 0, lines: int = LINES, notify: Callable[[str], None] | None = None) -> int:
-    """Shows what a rank prints until the run is over, or until Ctrl-C; returns 0.
+    """Shows what a rank prints until the run is over; returns how it ended, as an exit code (``View.code``).
 
-    The file may not be there yet, be cut, or be replaced. A run that waits to go on is waited for.
+    1 also where Ctrl-C, or a reader that leaves, came first: nobody knows then how the run ends. The file may not be
+    there yet, be cut, or be replaced. A run that waits to go on is waited for.
 
     Args:
         record: the run's; its events say which jobs are asked about.
@@ -95,7 +98,7 @@ def follow(record: Record, rank: int = 0, lines: int = LINES, notify: Callable[[
     """
     tell = notify or (lambda line: print(f"[{line}]", file=sys.stderr, flush=True))
     silence: list[str] = []  # Slurm's failures, each told once
-    reader, told, over = _Reader(record, rank, lines), ("", "", ""), False
+    reader, told, code = _Reader(record, rank, lines), ("", "", ""), None
     asked, state = -float("inf"), State("starting")
     try:
         while True:
@@ -108,12 +111,12 @@ def follow(record: Record, rank: int = 0, lines: int = LINES, notify: Callable[[
                 if key != told:
                     told = key
                     tell(_words(state))
-                over = view.settled
-            elif over and not came:  # looked at since: nobody writes to it any more
-                return FINISHED
+                code = view.code if view.settled else None
+            elif code is not None and not came:  # looked at since: nobody writes to it any more
+                return code
             time.sleep(LOOK_SECONDS)
     except (KeyboardInterrupt, BrokenPipeError):
-        return FINISHED
+        return FAILED
 
 
 def last_lines(path: Path, lines: int) -> tuple[bytes, int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from distrib.config import UserError
 from distrib.options import PlainParser
 from launch.command import FAILED, FINISHED
+from launch.queue import ask
 from launch.runs import checkpoints, resolve
 from launch.survey import View, survey
 
@@ -68,20 +68,49 @@ def _ask(view: View) -> str:
         raise UserError(f"Slurm does not say how job {state.job} is, so it was not asked to stop: try again later")
     # First, so that the job's script finds it however fast the ranks end.
     _ask_record(view)
-    if state.name in ("queued", "requeued"):
-        _scancel(state.job)
-        saved = "; what it has trained is saved" if run.step else ", before it began"
-        return f"job {state.job} of {run.name} was taken out of the queue{saved}"
+    return _ask_job(view)
+
+
+def _ask_job(view: View) -> str:
+    """Takes the job out of the queue, or signals its ranks, whichever it takes by now; returns a line on that.
+
+    Raises:
+        UserError: scancel refuses, or the job runs nothing that could be signalled.
+    """
+    name, job = view.run.name, view.state.job
     deadline = time.monotonic() + STEP_SECONDS
-    # Without --batch and --full it reaches the tasks of all steps, and not the script, which must outlive them.
-    while not _scancel("--signal=USR2", state.job):
-        (view,) = survey([run.path])
-        if view.settled:
-            return f"{run.name} has just ended"
+    while not view.settled:
+        if view.state.name in ("queued", "requeued"):
+            _take_out(view)
+            view = _look(view)
+            if view.settled or view.state.name in ("queued", "requeued"):
+                saved = "; what it has trained is saved" if view.run.step else ", before it began"
+                return f"job {job} of {name} was taken out of the queue{saved}"
+        # Without --batch and --full it reaches the tasks of all steps, and not the script, which must outlive them.
+        if _scancel("--signal=USR2", job):
+            return f"job {job} of {name} was asked to save and stop"
         if time.monotonic() > deadline:
-            raise UserError(f"job {state.job} runs nothing yet that could be asked to stop: try again in a moment")
+            raise UserError(f"job {job} runs nothing yet that could be asked to stop: try again in a moment")
         time.sleep(STEP_SECONDS / 30)
-    return f"job {state.job} of {run.name} was asked to save and stop"
+        view = _look(view)
+    return f"{name} has just ended"
+
+
+def _take_out(view: View) -> None:
+    """Cancels a job that waits, and not one that has begun by the time Slurm hears it, where Slurm can tell them apart.
+
+    An array's element cannot be asked about: with a filter Slurm 22.05 cancels all that wait of the array. One that
+    begins in that moment gets SIGTERM, and saves.
+    """
+    job = (view.slurm.queue or {}).get(view.state.job)
+    # What is held does not begin, nor does Slurm call it pending.
+    told_apart = job is not None and job.state == "PENDING" and "_" not in job.job
+    _scancel(*(["--state=PENDING"] if told_apart else []), view.state.job)
+
+
+def _look(view: View) -> View:
+    (view,) = survey([view.run.path])
+    return view
 
 
 def _ask_record(view: View) -> None:
@@ -99,25 +128,13 @@ def _scancel(*words: str) -> bool:
     Raises:
         UserError: it cannot be called, or refuses.
     """
-    try:
-        done = subprocess.run(
-            ["scancel", *words],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=SCANCEL_SECONDS,
-            check=False,
-            stdin=subprocess.DEVNULL,
-        )
-    except subprocess.TimeoutExpired:
-        raise UserError(f"scancel {' '.join(words)} gave no answer within {SCANCEL_SECONDS:g} s: try again") from None
-    except OSError as error:
-        raise UserError(f"scancel cannot be started: {error.strerror}") from None
-    said = done.stderr.strip()
+    answer = ask(["scancel", *words], SCANCEL_SECONDS)
+    if answer.code is None:
+        raise UserError(f"{answer.wrong}: job {words[-1]} goes on as it did: try again")
     # "Already done" is what Slurm calls it, in words or by the exit code alone.
-    if done.returncode != 0 and said and "already completing or completed" not in said:
-        raise UserError(f"scancel {' '.join(words)}: {said.splitlines()[-1]}")
-    return done.returncode == 0
+    if answer.code != 0 and answer.said and "already completing or completed" not in answer.said:
+        raise UserError(f"scancel {' '.join(words)}: {answer.said}")
+    return answer.code == 0
 
 
 def _signal(view: View) -> str:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from distrib.config import UserError
-from launch.command import FAILED, FINISHED, USER_ERROR
-from launch.jobs import ask
+from launch.command import FAILED, FINISHED, STOPPED, USER_ERROR
+from launch.queue import look_up
 from launch.runs import Clock, Run, read, restarts_within
 from launch.state import Slurm, State, judge
 
@@ -29,6 +29,17 @@ class View:
         """Whether it is over for certain: a Slurm that does not answer may have queued a lost run again."""
         silent = self.slurm.queue is None and self.state.job != ""
         return self.state.over and not (silent and self.state.name in ("failed", "lost"))
+
+    @property
+    def code(self) -> int:
+        """How it ended, as an exit code: 0 finished, 75 stopped with all saved, 2 the user's to mend, 1 all else.
+
+        2 where its job's script says so: no other start would get further.
+        """
+        if self.state.name in ("finished", "stopped"):
+            return FINISHED if self.state.name == "finished" else STOPPED
+        end = self.run.seen.end(self.state.job) if self.state.name == "failed" else None
+        return USER_ERROR if end is not None and end.get("code") == USER_ERROR else FAILED
 
     @property
     def images_per_second(self) -> float | None:
@@ -102,7 +113,7 @@ def survey(
         jobs += submitted
         past.append(submitted[-1])
         past += submitted[:-1] if all_ends else []
-    slurm = ask(jobs, past, tell, every_start=all_ends)
+    slurm = look_up(jobs, past, tell, every_start=all_ends)
     return [View(run, judge(run.seen, slurm), slurm, _restarts(run)) for run in runs]
 
 

@@ -38,6 +38,13 @@ class Fake:
         new.chmod(0o755)
         new.replace(path)
 
+    def then(self, name: str, other: str, out: str) -> None:
+        """What ``other`` prints once ``name`` has been called."""
+        (self._folder / f"{name}.then").write_text(out)
+        path = self._folder / name
+        line = f'cp "{path}.then" "{self._folder / other}.out"\n'
+        path.write_text(path.read_text().replace("cat ", f"{line}cat ", 1))
+
     def calls(self, name: str) -> list[str]:
         path = self._folder / f"{name}.calls"
         return path.read_text().splitlines() if path.exists() else []

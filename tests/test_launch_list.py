@@ -12,7 +12,7 @@ import pytest
 import runs
 from fake_slurm import Fake, make, slurm, state_of, writes
 
-from launch import jobs
+from launch import queue
 from launch.__main__ import main
 
 __all__ = ["slurm"]
@@ -115,7 +115,7 @@ def test_a_slurm_that_hangs_is_not_waited_for(
     slurm: Fake, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make("a", "7")
-    monkeypatch.setattr(jobs, "SECONDS", 0.2)
+    monkeypatch.setattr(queue, "SECONDS", 0.2)
     slurm.says("squeue", seconds=60)
     assert main(["list"]) == 0
     out, err = capfd.readouterr()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -15,6 +16,7 @@ from fake_slurm import Fake, launch, make, slurm
 from launch import logs
 from launch.__main__ import main
 from launch.record import Record
+from launch.slurm.command import follow
 
 __all__ = ["slurm"]
 
@@ -184,6 +186,35 @@ def test_a_follower_says_once_that_slurm_fails(
     record.add("ended", {"job": "7", "restart": 0, "code": 1, "step": 4, "reason": "x", "then": "over"})
 
 
+@pytest.mark.parametrize(
+    ("code", "reason", "status", "expected"),
+    [
+        (0, "", "finished", 0),
+        (0, "", "diverged", 1),
+        (75, "launch stop", "stopped", 75),
+        (75, "cancelled", "stopped", 1),
+        (1, "rank 3 was killed", None, 1),
+        (2, "rank 0: unknown key optim.lrr", None, 2),
+    ],
+)
+def test_a_follower_ends_as_the_run_did(
+    code: int, reason: str, status: str | None, expected: int, slurm: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = make("a", "7", step=40)
+    if status:
+        (record.run / "summary.json").write_text(json.dumps({"status": status, "step": 40}))
+    record.add("began", {"job": "7", "restart": 0, "nodes": "n1"})
+    record.add("ended", {"job": "7", "restart": 0, "code": code, "step": 40, "reason": reason, "then": "over"})
+    monkeypatch.setattr(logs, "LOOK_SECONDS", 0.01)
+    assert main(["logs", "-f", "a"]) == expected
+    assert follow(record) == expected  # as `launch slurm --follow` returns it
+
+
+def test_a_lost_run_ends_its_follower_with_1(slurm: Fake) -> None:
+    make("a", "7")
+    assert main(["logs", "-f", "a"]) == 1
+
+
 @pytest.mark.parametrize("way", ["ctrl-c", "reader left"])
 def test_a_follower_that_is_ended(way: str, slurm: Fake, tmp_path: Path) -> None:
     record = make("a", "7")
@@ -204,4 +235,4 @@ def test_a_follower_that_is_ended(way: str, slurm: Fake, tmp_path: Path) -> None
             file.write("second\n")
         out, err = "", process.stderr.read()
         process.wait(30)
-    assert (process.returncode, out, err) == (0, "", "")
+    assert (process.returncode, out, err) == (1, "", "")  # nobody knows how the run ends

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from distrib.lease import Holder, Sight
-from launch.jobs import parse_sacct, parse_squeue
+from launch.queue import parse_sacct, parse_squeue
 from launch.record import Record
 from launch.runs import Run
 from launch.starts import starts

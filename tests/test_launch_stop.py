@@ -108,8 +108,9 @@ def test_a_signal_to_the_writer_stops_all_ranks(tmp_path: Path, capfd: pytest.Ca
         ("7", "RUNNING", True, "--signal=USR2 7"),
         ("7", "RUNNING", False, "--signal=USR2 7"),
         ("12_3", "RUNNING", True, "--signal=USR2 12_3"),
-        ("7", "PENDING", False, "7"),
-        ("7", "PENDING", True, "7"),
+        ("7", "PENDING", False, "--state=PENDING 7"),
+        ("7", "PENDING", True, "--state=PENDING 7"),
+        ("7", "REQUEUE_HOLD", True, "7"),
         ("12_3", "PENDING", False, "12_3"),
     ],
 )
@@ -165,6 +166,31 @@ def test_a_job_whose_ranks_have_not_begun_is_asked_again(
     assert main(["stop", "a"]) == 0
     beginning.join()
     assert capfd.readouterr().out == "job 7 of a was asked to save and stop\n"
+
+
+def test_a_job_that_begins_as_it_is_taken_out_is_asked_to_save(slurm: Fake, capfd: pytest.CaptureFixture[str]) -> None:
+    make("a", "7")
+    slurm.says("squeue", "7|PENDING|N/A|N/A||Priority\n")
+    slurm.then("scancel", "squeue", "7|RUNNING|N/A|N/A|n1|None\n")
+    assert main(["stop", "a"]) == 0
+    assert capfd.readouterr() == ("job 7 of a was asked to save and stop\n", "")
+    assert slurm.calls("scancel") == ["--state=PENDING 7", "--signal=USR2 7"]
+
+
+def test_a_job_that_is_requeued_as_it_is_asked_is_taken_out(
+    slurm: Fake, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stop, "STEP_SECONDS", 3.0)
+    record = make("a", "7", step=40)
+    record.add("began", {"job": "7", "restart": 0, "nodes": "n1"})
+    slurm.says("squeue", "7|RUNNING|N/A|N/A|n1|None\n")
+    slurm.says(
+        "scancel", err="scancel: error: Kill job error on job id 7: Job/step already completing or completed", code=1
+    )
+    slurm.then("scancel", "squeue", "7|PENDING|N/A|N/A||BeginTime\n")
+    assert main(["stop", "a"]) == 0
+    assert capfd.readouterr() == ("job 7 of a was taken out of the queue; what it has trained is saved\n", "")
+    assert slurm.calls("scancel") == ["--signal=USR2 7", "--state=PENDING 7"]
 
 
 def test_waits_until_a_job_has_stopped(

@@ -1,4 +1,4 @@
-"""Asks Slurm about jobs: one call of squeue and one of sacct for any number of them.
+"""Asks Slurm: runs its commands, and looks up any number of jobs by one call of squeue and one of sacct.
 
 squeue knows what waits or runs now. sacct knows each start of a job and how it ended, where the cluster keeps accounts.
 """
@@ -10,21 +10,64 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from launch.state import Job, Slurm
 
-SECONDS = 6.0  # that a command may take: a controller that is away keeps squeue waiting for minutes
+SECONDS = 6.0  # that a look-up may take: a controller that is away keeps squeue waiting for minutes
+# A person's defaults for these commands, which may leave out jobs or nodes or change the form, are not ours.
+THEIRS = ("SQUEUE_", "SACCT_", "SINFO_", "SCANCEL_")
 
 # Each array element on a line of its own (-r). Fields that Slurm has had since long before 20.
 SQUEUE = ("squeue", "-h", "-r", "-o", "%i|%T|%S|%e|%N|%r")
 # Every start of a job that was queued again (-D), whole jobs only (-X).
 SACCT = ("sacct", "-n", "-P", "-X", "-D", "-o", "JobID,State,Submit,Start,End,NodeList,ExitCode")
 
+NO_ACCOUNTS = ("accounting storage is disabled", "not found")
 NO_TIME = ("Unknown", "N/A", "None", "NONE", "n/a")
 NUMBER = re.compile(r"[1-9]\d*(_\d+)?")
 
 
-def ask(jobs: Sequence[str], past: Sequence[str], notify: Callable[[str], None], every_start: bool = False) -> Slurm:
+@dataclass(frozen=True)
+class Answer:
+    """What came of a command."""
+
+    text: str | None  # what it printed; None where it failed
+    wrong: str = ""  # why it failed, in a line that names it
+    code: int | None = 0  # its exit code; None where it could not be started, or was not waited for any longer
+    said: str = ""  # the last line that it printed to stderr
+
+
+def ask(words: Sequence[str], seconds: float | None = None) -> Answer:
+    """Runs one of Slurm's commands, for ``seconds`` at most (None: ``SECONDS``)."""
+    seconds = SECONDS if seconds is None else seconds
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(THEIRS)}
+    environ["SLURM_TIME_FORMAT"] = "standard"
+    try:
+        done = subprocess.run(
+            words,
+            env=environ,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=seconds,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+    except subprocess.TimeoutExpired:
+        return Answer(None, f"{words[0]} gave no answer within {seconds:g} s", None)
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        return Answer(None, f"{words[0]}: {'not found' if missing else error.strerror}", None)
+    said = (done.stderr.strip().splitlines() or [""])[-1]
+    if done.returncode != 0:
+        return Answer(None, f"{words[0]}: {said or f'exit code {done.returncode}'}", done.returncode, said)
+    return Answer(done.stdout, said=said)
+
+
+def look_up(
+    jobs: Sequence[str], past: Sequence[str], notify: Callable[[str], None], every_start: bool = False
+) -> Slurm:
     """What Slurm says of ``jobs``.
 
     Args:
@@ -39,18 +82,21 @@ def ask(jobs: Sequence[str], past: Sequence[str], notify: Callable[[str], None],
     if shutil.which(SQUEUE[0]) is None and shutil.which(SACCT[0]) is None:
         notify("there is no Slurm on this machine: the folders alone say how their jobs are")
         return Slurm()
-    text, wrong = _run([*SQUEUE, "-j", ",".join(jobs)])
-    if text is None and "Invalid job id" in wrong:  # said where none of the jobs is in the queue any more
+    answer = ask([*SQUEUE, "-j", ",".join(jobs)])
+    text = answer.text
+    if text is None and "Invalid job id" in answer.wrong:  # said where none of the jobs is in the queue any more
         text = ""
     queue = None if text is None else {job.job: job for job in parse_squeue(text)}
     gone = [job for job in dict.fromkeys(past) if NUMBER.fullmatch(job) and (every_start or job not in (queue or {}))]
-    told, why = _run([*SACCT, "-j", ",".join(gone)]) if gone else ("", "")
-    starts = None if told is None else parse_sacct(told, gone)
+    accounts = ask([*SACCT, "-j", ",".join(gone)]) if gone else Answer("")
+    starts = None if accounts.text is None else parse_sacct(accounts.text, gone)
     if queue is None:
-        notify(f"{wrong}: {'the folders alone say' if starts is None else 'sacct and the folders say'} how jobs are")
+        notify(
+            f"{answer.wrong}: {'the folders alone say' if starts is None else 'sacct and the folders say'} how jobs are"
+        )
     # Many clusters keep no accounts: that is no news where the queue is known.
-    elif starts is None and "accounting storage is disabled" not in why and "not found" not in why:
-        notify(f"{why}: how jobs ended, the folders alone say")
+    elif starts is None and not any(words in accounts.wrong for words in NO_ACCOUNTS):
+        notify(f"{accounts.wrong}: how jobs ended, the folders alone say")
     return Slurm(queue, starts)
 
 
@@ -100,29 +146,3 @@ def _within(job: str, number: str) -> bool:
 
 def _time(text: str) -> str:
     return "" if text in NO_TIME else text
-
-
-def _run(command: Sequence[str]) -> tuple[str | None, str]:
-    """What a command prints, or None and what is wrong, in a line."""
-    # A person's defaults for these commands, which may leave jobs out, are not ours.
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(("SQUEUE_", "SACCT_"))}
-    environ["SLURM_TIME_FORMAT"] = "standard"
-    try:
-        done = subprocess.run(
-            command,
-            env=environ,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=SECONDS,
-            check=False,
-            stdin=subprocess.DEVNULL,
-        )
-    except subprocess.TimeoutExpired:
-        return None, f"{command[0]} gave no answer within {SECONDS:g} s"
-    except OSError as error:
-        return None, f"{command[0]}: {'not found' if isinstance(error, FileNotFoundError) else error.strerror}"
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines()
-        return None, f"{command[0]}: {lines[-1] if lines else f'exit code {done.returncode}'}"
-    return done.stdout, ""
