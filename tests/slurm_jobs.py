@@ -116,7 +116,8 @@ class Job:
             with contextlib.suppress(OSError):
                 environ = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
                 command = (folder / "cmdline").read_bytes().decode(errors="replace")
-                if wanted <= {*environ} and word in command and (word != RANK or AGENT not in command):
+                around = AGENT if word == RANK else "/srun" if word else None  # has the same words, and is another
+                if wanted <= {*environ} and word in command and (around is None or around not in command):
                     found[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
         return sorted(found, key=lambda pid: (found[pid] in found, pid))
 

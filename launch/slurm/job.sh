@@ -177,11 +177,8 @@ worth_another() {
 }
 
 newest_step() {
-    newest=0
-    for file in "$run/checkpoints"/step_*.pt; do  # as long numbers, so in order
-        newest=$(echo "$file" | sed -n 's/.*step_0*\([0-9][0-9]*\)\.pt$/\1/p')
-    done
-    echo "${newest:-0}"
+    for file in "$run/checkpoints"/step_*.pt; do :; done  # the last: their numbers are equally long
+    printf '%s\n' "$file" | sed -n 's/.*step_0*\([0-9][0-9]*\)\.pt$/\1/p' | grep . || echo 0
 }
 
 # Slurm lets this be changed while a job waits, not while it runs: so once it is queued again.
