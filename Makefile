@@ -25,6 +25,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck --shell sh launch/slurm/job.sh
 
 bench: setup
 	$(BIN)/python -m distrib.tools.bench index

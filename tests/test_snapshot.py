@@ -47,12 +47,14 @@ def names(folder: Path) -> set[str]:
 
 def test_copies_what_stands_there_now(tree: Path, tmp_path: Path) -> None:
     copy, about = take(tree, tmp_path / "code")
-    assert names(copy) == {".gitignore", "train.py", "run.sh", "link", "distrib/a.py", "distrib/new ä.py"}
+    files = {".gitignore", "train.py", "run.sh", "link", "distrib/a.py", "distrib/new ä.py"}
+    assert names(copy) == files | {"REVISION"}
     assert (copy / "distrib/a.py").read_text() == "changed\n"
     assert os.access(copy / "run.sh", os.X_OK)
     assert (copy / "link").readlink() == Path("train.py")
     head = subprocess.run(["git", "-C", str(tree), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
     assert (about.commit, about.changed) == (head.stdout.strip(), True)
+    assert (copy / "REVISION").read_text() == f"{about.commit[:12]}+changes\n"
     assert about.untracked == ("distrib/new ä.py",)
     told = json.loads((tmp_path / "code" / f"{copy.name}.revision.json").read_text())
     assert told["commit"] == about.commit

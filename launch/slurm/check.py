@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import os
 import re
 import secrets
 import shutil
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from distrib.config import UserError
-from launch.jobs import ask as ask_slurm
+from launch.queue import ask, look_up
 from launch.record import Record
 from launch.slurm.options import Request, minutes
 from launch.state import ACTIVE
 
-PATIENCE = 20  # seconds for one of Slurm's commands
+PATIENCE = 20.0  # seconds for sinfo: here there is time to wait
 FORM = "%P|%D|%c|%G|%l|%a"  # sinfo: partition (* at the default one), nodes, CPUs, GPUs, time limit, up or not
 
 
@@ -50,16 +48,6 @@ def need_slurm() -> None:
         )
 
 
-def ask(*words: str) -> str | None:
-    """What a command of Slurm's prints; None where it is not there, fails or does not answer."""
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("SINFO_")}
-    try:
-        done = subprocess.run(words, env=environ, capture_output=True, text=True, timeout=PATIENCE, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout
-
-
 def read_partitions(printed: str) -> list[Kind]:
     """The cluster's partitions, from what ``sinfo -h -o FORM`` prints."""
     kinds = []
@@ -82,7 +70,7 @@ def read_partitions(printed: str) -> list[Kind]:
 
 def partitions() -> list[Kind] | None:
     """The cluster's; None where sinfo does not answer."""
-    printed = ask("sinfo", "-h", "-o", FORM)
+    printed = ask(["sinfo", "-h", "-o", FORM], PATIENCE).text
     return None if printed is None else read_partitions(printed)
 
 
@@ -179,7 +167,7 @@ def active(records: Sequence[Record], need: bool = False) -> dict[Path, tuple[st
     """
     jobs = {job: record.run for record in records for job in record.jobs()}
     told: list[str] = []
-    queue = ask_slurm(list(jobs), [], told.append).queue
+    queue = look_up(list(jobs), [], told.append).queue
     if queue is None and need:
         raise UserError(f"nobody can tell whether job {next(iter(jobs))} is over ({'; '.join(told)}): try again")
     there = {job: found.state for job, found in (queue or {}).items() if job in jobs and found.state in ACTIVE}

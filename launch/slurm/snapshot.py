@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from distrib.config import UserError
+from distrib.root import REVISION
 
 PARTS = ("train.py", "distrib", "launch", "configs")  # of a tree that git does not know
 MOST = 20_000_000  # bytes of a file that is not tracked: a data set that nobody told .gitignore of
@@ -55,6 +56,8 @@ def take(root: Path, into: Path) -> tuple[Path, Revision]:
         shutil.rmtree(part, ignore_errors=True)
         _copy(root, names, part)
         digest = _digest(part, names)  # of the copy: somebody may write to the tree meanwhile
+        if commit:
+            (part / REVISION.name).write_text(f"{commit[:12]}{'+changes' if diff else ''}\n", encoding="utf-8")
         about = Revision(commit, bool(diff), tuple(n for n in others if n not in large), large, digest)
         target = into / digest[:12]
         with contextlib.suppress(OSError):  # the same is there already
