@@ -104,9 +104,22 @@ def build_torchrun(
     meeting: Meeting | None = None,
     numa: bool = False,
 ) -> Command:
+    """Training through torchrun; as ``through_torchrun``."""
+    return through_torchrun((str(train), "--config", config, *overrides), procs, environ, cores, meeting, numa)
+
+
+def through_torchrun(
+    program: Sequence[str],
+    procs: int,
+    environ: Mapping[str, str],
+    cores: int,
+    meeting: Meeting | None = None,
+    numa: bool = False,
+) -> Command:
     """torchrun for ``procs`` workers on this machine, alone or among others; ``numa``: each beside its GPU.
 
-    What ``environ`` already says about torchrun is kept.
+    ``program``: a file of Python's or -m and a module, and its words. What ``environ`` already says about torchrun is
+    kept.
     """
     ours = {
         "OMP_NUM_THREADS": str(max(1, cores // procs)),  # torchrun would say 1
@@ -115,7 +128,7 @@ def build_torchrun(
     }
     argv = [sys.executable, "-m", TORCHRUN, f"--nproc-per-node={procs}", *(meeting.words() if meeting else ALONE)]
     argv += ["--numa-binding=node"] if numa else []
-    argv += [f"--signals-to-handle={','.join(SIGNALS)}", str(train), "--config", config, *overrides]
+    argv += [f"--signals-to-handle={','.join(SIGNALS)}", *program]
     return Command(tuple(argv), {name: value for name, value in ours.items() if name not in environ})
 
 

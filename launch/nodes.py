@@ -1,4 +1,4 @@
-"""``launch local --nnodes``: where agents that are started by hand, one a node, meet. Imports no torch."""
+"""``--nnodes``: where agents that are started by hand, one a node, meet. Imports no torch."""
 
 from __future__ import annotations
 
@@ -45,19 +45,21 @@ def read_meeting(args: argparse.Namespace, name: str) -> Meeting | None:
         # Else a second --fresh would look like a worker of the first that is started again, and go on.
         raise UserError("--fresh on several nodes needs --rdzv-id NAME: one that no earlier start had, alike on each")
     least, most = args.nnodes
-    host, port = _endpoint(args.rdzv_endpoint)
+    restarts = RESTARTS if args.max_restarts is None else args.max_restarts
+    return find_meeting(args.rdzv_endpoint, most, args.rdzv_id or name, restarts, least)
+
+
+def find_meeting(endpoint: str, nodes: int, name: str, restarts: int = 0, least: int | None = None) -> Meeting:
+    """The meeting of ``nodes`` agents at ``endpoint``, a HOST or HOST:PORT, as this machine sees it.
+
+    Raises:
+        UserError: the host cannot be found.
+    """
+    host, port = _endpoint(endpoint)
     is_host = _is_here(host)
-    return Meeting(
-        nodes=most,
-        host=host,
-        port=port,
-        name=args.rdzv_id or name,
-        is_host=is_host,
-        # Not the host's address as itself sees it: some systems give their own name one of the loopback.
-        address=host if is_host else _address_towards(host, port),
-        restarts=RESTARTS if args.max_restarts is None else args.max_restarts,
-        least=least,
-    )
+    # Not the host's address as itself sees it: some systems give their own name one of the loopback.
+    address = host if is_host else _address_towards(host, port)
+    return Meeting(nodes, host, port, name, is_host, address, restarts, least)
 
 
 def _nodes(text: str) -> tuple[int, int]:

@@ -12,13 +12,14 @@ from distrib.config import UserError
 from distrib.options import PlainParser, positive
 from distrib.surroundings import usable_cores
 from launch.child import run
-from launch.command import SIGNALS, TORCHRUN, TRAIN, Command
+from launch.command import TRAIN, Command, Meeting, through_torchrun
+from launch.nodes import PORT, find_meeting
 
 TOOL = "distrib.tools.preflight"
 EXAMPLES = """examples:
   python -m launch preflight --procs 8 --run-dir runs/resnet50
-  python -m launch preflight --procs 8 --run-dir runs/resnet50 --nnodes 2 --rdzv-endpoint gpu01:29400   # on each node
-  srun --ntasks-per-node=8 python -m launch preflight --run-dir runs/resnet50                           # a task a rank
+  python -m launch preflight --procs 8 --run-dir runs/resnet50 --nnodes 2 --rdzv-endpoint gpu01   # on each node
+  srun --ntasks-per-node=8 python -m launch preflight --run-dir runs/resnet50                     # a task a rank
 
 It ends with 0 where all is well, 2 where something is yours to mend, and 1 where a machine is bad.
 """
@@ -48,14 +49,17 @@ def main(argv: Sequence[str], train: Path = TRAIN) -> int:
         "--run-dir", default="runs", metavar="DIR", help="the folder to write in; default: %(default)s; nothing stays"
     )
     parser.add_argument("--nnodes", type=positive, default=1, metavar="N", help="machines; the same command on each")
-    parser.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="where they meet: one of them, a free port")
+    parser.add_argument(
+        "--rdzv-endpoint", metavar="HOST[:PORT]", help=f"one of them, where they meet (default port: {PORT})"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the command and start nothing")
     args = parser.parse_args(argv)
     if args.nnodes > 1 and (args.procs is None or args.rdzv_endpoint is None):
-        raise UserError("--nnodes needs --procs, and --rdzv-endpoint HOST:PORT, which is the same on all of them")
+        raise UserError("--nnodes needs --procs, and --rdzv-endpoint HOST, which is the same on all of them")
     if args.nnodes == 1 and args.rdzv_endpoint is not None:
         raise UserError("--rdzv-endpoint is for several machines: give their number by --nnodes, or leave it out")
-    command = build(args.procs, args.run_dir, args.nnodes, args.rdzv_endpoint, os.environ, usable_cores())
+    meeting = find_meeting(args.rdzv_endpoint, args.nnodes, "preflight") if args.rdzv_endpoint is not None else None
+    command = build(args.procs, args.run_dir, meeting, os.environ, usable_cores())
     if args.dry_run:
         print(command)
         return 0
@@ -68,18 +72,9 @@ def main(argv: Sequence[str], train: Path = TRAIN) -> int:
     return outcome.code
 
 
-def build(
-    procs: int | None, run_dir: str, nnodes: int, endpoint: str | None, environ: Mapping[str, str], cores: int
-) -> Command:
+def build(procs: int | None, run_dir: str, meeting: Meeting | None, environ: Mapping[str, str], cores: int) -> Command:
     """The tool through torchrun, or by itself where no ``procs`` are asked for."""
-    words = (TOOL, "--run-dir", run_dir)
+    words = ("-m", TOOL, "--run-dir", run_dir)
     if procs is None:
-        return Command((sys.executable, "-m", *words), {})
-    # At localhost, else the workers meet at the machine's own name, which a laptop may not resolve.
-    meeting: tuple[str, ...] = ("--standalone", "--local-addr=localhost")
-    if endpoint is not None:
-        meeting = (f"--nnodes={nnodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", "--rdzv-id=preflight")
-    torchrun = (TORCHRUN, *meeting, f"--nproc-per-node={procs}", f"--signals-to-handle={','.join(SIGNALS)}")
-    threads = {"OMP_NUM_THREADS": str(max(1, cores // procs))}  # torchrun would say 1
-    ours = {name: value for name, value in threads.items() if name not in environ}
-    return Command((sys.executable, "-m", *torchrun, "-m", *words), ours)
+        return Command((sys.executable, *words), {})
+    return through_torchrun(words, procs, environ, cores, meeting)

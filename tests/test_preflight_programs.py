@@ -13,11 +13,14 @@ from pathlib import Path
 import pytest
 import runs
 import torch
+from hosts import Hosts, available
 from test_preflight import LINE
 
 from distrib.preflight import is_wanted
 from distrib.runtime import Runtime
 from launch.__main__ import main as launch
+from launch.command import TRAIN as TRAIN_PY
+from launch.command import Meeting, build_torchrun
 from launch.preflight import build
 
 
@@ -108,13 +111,26 @@ def test_when_it_is_wanted(asked: bool | str, world: int, local_world: int, want
     assert is_wanted(asked, runtime) is wanted  # type: ignore[arg-type]
 
 
+@pytest.mark.skipif(bool(available()), reason=available())
 def test_launch_on_two_machines(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
-    words = ["-m", "launch", "preflight", "--procs", "2", "--run-dir", str(tmp_path / "run"), "--nnodes", "2"]
-    environ = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = together([[*words, "--rdzv-endpoint", endpoint]] * 2, [environ] * 2)
+    words = [*("-m", "launch", "preflight", "--procs", "2", "--run-dir", str(tmp_path / "run")), "--nnodes", "2"]
+    environ = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    (tmp_path / "hosts").mkdir()
+    with Hosts(2, tmp_path / "hosts") as hosts:
+        processes = [
+            hosts.begin(
+                name,
+                [sys.executable, *words, "--rdzv-endpoint", "h1"],
+                cwd=runs.ROOT,
+                env=environ,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for name in hosts.names
+        ]
+        said = [process.communicate(timeout=runs.TIMEOUT) for process in processes]
+    done = [subprocess.CompletedProcess(p.args, p.returncode, *s) for p, s in zip(processes, said, strict=True)]
     assert [one.returncode for one in done] == [0, 0], done
     (table,) = [one.stdout for one in done if one.stdout]
     head, *ranks, versions = table.splitlines()
@@ -124,7 +140,7 @@ def test_launch_on_two_machines(tmp_path: Path) -> None:
     (line,) = [line for one in done for line in one.stderr.splitlines() if line.startswith("preflight: ")]
     assert LINE.fullmatch(line)
     assert "4 ranks on 2 nodes" in line
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "run").exists()
 
 
 def test_launch_alone_hands_on_the_exit_code(tmp_path: Path) -> None:
@@ -138,8 +154,8 @@ def test_launch_alone_hands_on_the_exit_code(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--nnodes", "2"], "--nnodes needs --procs, and --rdzv-endpoint HOST:PORT"),
-        (["--nnodes", "2", "--procs", "2"], "--nnodes needs --procs, and --rdzv-endpoint HOST:PORT"),
+        (["--nnodes", "2"], "--nnodes needs --procs, and --rdzv-endpoint HOST, which"),
+        (["--nnodes", "2", "--procs", "2"], "--nnodes needs --procs, and --rdzv-endpoint HOST, which"),
         (["--procs", "2", "--rdzv-endpoint", "a:1"], "--rdzv-endpoint is for several machines"),
         (["--procs", "0"], "argument --procs: '0' is not a whole number of 1 or more"),
     ],
@@ -150,12 +166,21 @@ def test_launchs_words(words: list[str], message: str, capsys: pytest.CaptureFix
 
 
 def test_launchs_command() -> None:
-    alone = build(None, "runs/a", 1, None, {}, 8)
-    assert alone.argv == (sys.executable, "-m", "distrib.tools.preflight", "--run-dir", "runs/a")
-    here = str(build(4, "runs/a", 1, None, {}, 8))
-    assert here.startswith("OMP_NUM_THREADS=2 ")
-    assert " --standalone --local-addr=localhost --nproc-per-node=4 " in here
-    both = build(4, "runs/a", 2, "gpu01:29400", {"OMP_NUM_THREADS": "1"}, 8)
-    assert not both.env
-    assert {"--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint=gpu01:29400"} <= set(both.argv)
-    assert both.argv[-4:] == ("-m", "distrib.tools.preflight", "--run-dir", "runs/a")
+    tool = ("-m", "distrib.tools.preflight", "--run-dir", "runs/a")
+    alone = build(None, "runs/a", None, {}, 8)
+    assert alone.argv == (sys.executable, *tool)
+    # As training is started, which the preflight stands for.
+    meeting = Meeting(2, "gpu01", 29400, "preflight", False, "gpu02")
+    for where in (None, meeting):
+        looks, trains = build(4, "runs/a", where, {}, 8), build_torchrun(4, "c.yaml", [], {}, 8, meeting=where)
+        assert looks.env == trains.env
+        assert looks.argv[: -len(tool)] == trains.argv[: trains.argv.index(str(TRAIN_PY))]
+        assert looks.argv[-len(tool) :] == tool
+
+
+def test_launchs_meeting(capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch(["preflight", "--procs", "2", "--nnodes", "3", "--rdzv-endpoint", "localhost", "--dry-run"]) == 0
+    said = set(capsys.readouterr().out.split())
+    assert {"--nnodes=3", "--rdzv-endpoint=localhost:29400", "--rdzv-conf=is_host=1", "--max-restarts=0"} <= said
+    assert launch(["preflight", "--procs", "2", "--nnodes", "2", "--rdzv-endpoint", "no-such.invalid"]) == 2
+    assert capsys.readouterr().err.startswith("error: --rdzv-endpoint no-such.invalid: ")
