@@ -34,8 +34,8 @@ def main(argv: Sequence[str], train: Path) -> int:
         prog="python -m launch logs",
         description="What a rank of a job prints, over all its starts. A run that no job trains prints to its "
         "terminal alone.",
-        epilog="with -f the exit code says how the run ended: 0 finished, 75 stopped with all saved, 2 its configuration "
-        "or data is wrong, 1 otherwise, and where Ctrl-C came first",
+        epilog="with -f the exit code says how the run ended: 0 finished, 75 stopped with all saved, 2 its "
+        "configuration or data is wrong, 1 otherwise, and where Ctrl-C came first",
     )
     parser.add_argument("run", metavar="RUN", help="a run's folder, its name below runs, or the number of its job")
     parser.add_argument("-f", "--follow", action="store_true", help="show what comes until the run is over")
