@@ -61,7 +61,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def trained(folder: Path, sweep: Sweep, *words: str, **summary: Any) -> None:
     """What a run of the first element, with ``words`` behind its own, leaves."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = load_config(QUICK, [*sweep.elements[0].words, *words])
+    config = load_config(str(ROOT / QUICK), [*sweep.elements[0].words, *words])
     (folder / "config.yaml").write_text(dump_config(config))
     if summary:
         (folder / "summary.json").write_text(json.dumps({"step": 1} | summary))

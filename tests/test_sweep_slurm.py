@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 from fake_slurm import Fake, slurm
-from sweeps import QUICK, ROOT, stand_in, starts
+from sweeps import QUICK, ROOT, stand_in, starts, trained
 
 from distrib.lease import Holder, Sight
 from launch.__main__ import main
@@ -15,6 +14,7 @@ from launch.record import Record
 from launch.runs import Run
 from launch.state import Job, Seen, Slurm, judge
 from launch.survey import View
+from launch.sweep.plan import plan_sweep
 from launch.sweep.state import Found, _found
 
 __all__ = ["slurm", "stand_in"]
@@ -70,6 +70,7 @@ def sight(alive: bool | None) -> Sight:
         (Seen([S, B, AGAIN], step=4), EMPTY, True, "unfinished"),
         (Seen([S, B, OVER], step=4), EMPTY, True, "unfinished"),
         (Seen([S, B, OVER], step=4, summary=DONE), EMPTY, True, "finished"),
+        (Seen([S, B, {**OVER, "code": 1}], step=4, summary=DONE), SILENT, True, "finished"),
         # A Slurm that does not answer may have it; none at all has not.
         (Seen([S]), SILENT, True, "running"),
         (Seen([S]), SILENT, False, "unfinished"),
@@ -94,7 +95,7 @@ def test_how_far_a_run_with_jobs_is(
     monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/squeue" if here else None)
     view = View(Run("a", Record(tmp_path), seen, {}, {}, None, None), judge(seen, slurm_says), slurm_says, 0)
     assert _found(view, begun=True) == Found(expected, seen.summary or {})
-    assert _found(view, begun=False).state == ("waiting" if expected == "unfinished" else expected)
+    assert _found(view, begun=False).state == ("running" if expected == "running" else "waiting")
 
 
 def test_the_table_needs_no_cluster(slurm: Fake, stand_in: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -119,10 +120,9 @@ def test_a_dry_run_shows_the_array(slurm: Fake, stand_in: Path, capfd: pytest.Ca
     assert "launch local" not in out
     assert not list(Path("runs/s").glob("*/config.yaml"))
 
-    done = json.dumps({"status": "finished", "step": 4})
-    for name in ("lr=1,seed=0", "lr=1,seed=1", "lr=2,seed=1"):
-        Path("runs/s", name).mkdir()
-        Path("runs/s", name, "summary.json").write_text(done)
+    for lr, seed in ((1, 0), (1, 1), (2, 1)):
+        sweep = plan_sweep(str(ROOT / QUICK), [f"optim.lr={lr},9", f"seed={seed},9"], "s")
+        trained(sweep.elements[0].folder, sweep, status="finished")
     assert main(words, stand_in) == 0
     assert [line.split()[0] for line in capfd.readouterr().out.splitlines()] == [
         *("finished", "running", "finished", "finished"),  # and no script

@@ -15,6 +15,7 @@ failed      unfinished, and this start of the sweep saw it end so
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -70,7 +71,7 @@ def _found(view: View | None, begun: bool) -> Found:
     summary = (view.run.seen.summary if view else None) or {}
     if view is not None and _is_busy(view):
         return Found(Progress.RUNNING, summary)
-    if view is not None and (status := view.run.seen.covered()) in DONE:
+    if view is not None and begun and (status := view.run.seen.covered()) in DONE:
         return Found(status, summary)  # whatever its last job said: of these settings nothing is left to train
     return Found(Progress.UNFINISHED if begun else Progress.WAITING, summary)
 
@@ -82,8 +83,10 @@ def _is_busy(view: View) -> bool:
         return True
     if writer is not None and writer.alive is not False:
         return bool(writer.alive)  # where nobody can tell, the run itself finds out whether it may write
+    if view.settled or view.run.seen.covered() in DONE:
+        return False
     # A Slurm that does not answer may have the job in its queue. Where there is none the folder has been copied.
-    return not view.settled and shutil.which("squeue") is not None
+    return shutil.which("squeue") is not None
 
 
 def _has_settings_of(element: Element) -> bool:
@@ -93,7 +96,7 @@ def _has_settings_of(element: Element) -> bool:
         UserError: it has others.
     """
     file = element.folder / "config.yaml"
-    if not file.exists():
+    if not os.path.exists(file):  # a folder that may not be entered is looked at when the run begins
         return False
     changed = differences(element.config, load_config(file))
     if changed:
