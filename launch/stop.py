@@ -18,6 +18,7 @@ from launch.survey import View, survey
 
 WAIT_SECONDS = 4.0  # between looks while waiting: each asks Slurm
 SCANCEL_SECONDS = 30.0
+WAITS = ("queued", "requeued")
 STEP_SECONDS = 30.0  # that a job's script may take from its start to its first step
 
 
@@ -79,11 +80,11 @@ def _ask_job(view: View) -> str:
     """
     name, job = view.run.name, view.state.job
     deadline = time.monotonic() + STEP_SECONDS
-    while not view.settled:
-        if view.state.name in ("queued", "requeued"):
+    while not view.settled and view.state.job == job:  # else it is over, and the run's next one takes its turn
+        if view.state.name in WAITS:
             _take_out(view)
             view = _look(view)
-            if view.settled or view.state.name in ("queued", "requeued"):
+            if view.settled or view.state.name in WAITS:
                 saved = "; what it has trained is saved" if view.run.step else ", before it began"
                 return f"job {job} of {name} was taken out of the queue{saved}"
         # Without --batch and --full it reaches the tasks of all steps, and not the script, which must outlive them.
@@ -102,10 +103,9 @@ def _take_out(view: View) -> None:
     An array's element cannot be asked about: with a filter Slurm 22.05 cancels all that wait of the array. One that
     begins in that moment gets SIGTERM, and saves.
     """
-    job = (view.slurm.queue or {}).get(view.state.job)
-    # What is held does not begin, nor does Slurm call it pending.
-    told_apart = job is not None and job.state == "PENDING" and "_" not in job.job
-    _scancel(*(["--state=PENDING"] if told_apart else []), view.state.job)
+    number, job = view.state.job, (view.slurm.queue or {}).get(view.state.job)
+    held = job is not None and job.state != "PENDING"  # it does not begin by itself, nor does Slurm call it pending
+    _scancel(*([] if held or "_" in number else ["--state=PENDING"]), number)
 
 
 def _look(view: View) -> View:
@@ -130,7 +130,7 @@ def _scancel(*words: str) -> bool:
     """
     answer = ask(["scancel", *words], SCANCEL_SECONDS)
     if answer.code is None:
-        raise UserError(f"{answer.wrong}: job {words[-1]} goes on as it did: try again")
+        raise UserError(f"{answer.wrong}: try again")
     # "Already done" is what Slurm calls it, in words or by the exit code alone.
     if answer.code != 0 and answer.said and "already completing or completed" not in answer.said:
         raise UserError(f"scancel {' '.join(words)}: {answer.said}")

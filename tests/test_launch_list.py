@@ -89,6 +89,21 @@ def test_a_start_without_a_word_is_explained(slurm: Fake, capfd: pytest.CaptureF
     assert "rank 0 on n1" not in out  # it has saved
 
 
+def test_a_stopped_job_whose_run_went_on_without_it(slurm: Fake, capfd: pytest.CaptureFixture[str]) -> None:
+    record = make("a", "7", step=40)
+    record.add("began", {"job": "7", "restart": 0, "nodes": "n1"})
+    record.add("ended", {"job": "7", "restart": 0, "code": 75, "step": 40, "reason": "launch stop", "then": "over"})
+    record.stop.touch()
+    assert main(["status", "a"]) == 0
+    assert capfd.readouterr().out.startswith("a  stopped  launch stop\n")
+    make("a", step=80)
+    (record.run / "summary.json").write_text(json.dumps({"status": "finished", "step": 80}))
+    assert main(["status", "a"]) == 0
+    told = capfd.readouterr().out
+    assert told.startswith("a  finished\n")
+    assert "a saved stop was asked for" not in told
+
+
 @pytest.mark.parametrize("name", ["squeue", "sacct"])
 def test_a_slurm_that_fails_is_told_once(name: str, slurm: Fake, capfd: pytest.CaptureFixture[str]) -> None:
     for run in ("a", "b"):

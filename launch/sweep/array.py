@@ -7,12 +7,11 @@ from collections.abc import Sequence
 
 from launch.paths import located
 from launch.record import Record
-from launch.slurm.check import active, check_writable, need_slurm
-from launch.slurm.command import fitted
+from launch.slurm.check import check_writable, need_slurm
+from launch.slurm.command import fitted, show
 from launch.slurm.options import read_request
 from launch.sweep.here import say
 from launch.sweep.plan import Element, Sweep
-from launch.sweep.state import RUNNING, Found
 
 
 class SlurmArray:
@@ -24,16 +23,21 @@ class SlurmArray:
         Raises:
             UserError: they are wrong, or do not fit it.
         """
-        if not args.dry_run and not args.table:
+        if not args.dry_run:
             need_slurm()
         self.request = fitted(read_request(args))
         self._at_most: int | None = args.at_most
 
-    def active(self, elements: Sequence[Element]) -> dict[str, Found]:
-        """The runs of which a job is queued or runs: they are left alone."""
-        records = {element.name: Record(element.folder) for element in elements}
-        there = active(list(records.values()))
-        return {name: Found(RUNNING) for name, record in records.items() if record.run in there}
+    def show(self, sweep: Sweep, elements: Sequence[Element]) -> None:
+        """Prints the batch script that would be submitted, and what its tasks run; nothing where there are no runs."""
+        if not elements:
+            return
+        from launch.slurm.submit import Element as Run
+        from launch.slurm.submit import prepare  # submitit takes 0.1 s
+
+        runs = [Run(located(element.config)) for element in elements]
+        submission, _ = prepare(runs, self.request, Record(sweep.folder), sweep.name, self._at_most, copy=False)
+        show(submission)
 
     def submit(self, sweep: Sweep, elements: Sequence[Element]) -> None:
         """Submits the runs as one array; nothing where there are none.

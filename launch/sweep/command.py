@@ -20,8 +20,10 @@ from launch.sweep import here, table
 from launch.sweep.array import SlurmArray
 from launch.sweep.here import say
 from launch.sweep.plan import MOST, Element, Sweep, plan_sweep
-from launch.sweep.state import DIVERGED, FAILED, RUNNING, UNFINISHED, WAITING, Found, look_at
-from launch.sweep.state import FINISHED as DONE
+from launch.sweep.state import Found, Progress, look_at
+
+# Beside those that stand in a profile too.
+OF_ARRAY = ("--dependency", "--comment", "--slurm", "--srun", "--profile", "--data-on-nodes", "--at-most")
 
 HELP = """values:
   optim.lr=0.5,1.0,2.0            commas separate; a value in "double quotes" may hold some
@@ -52,10 +54,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add_configuration(parser)
     parser.add_argument("--name", metavar="NAME", help="of the sweep and its folder; default: the run's, and -sweep")
-    parser.add_argument("--procs", type=positive, default=1, metavar="N", help="processes a run: one for each GPU")
-    parser.add_argument("--at-once", type=positive, default=1, metavar="N", help="runs at a time; default: %(default)s")
+    parser.add_argument("--procs", type=positive, metavar="N", help="processes a run: one for each GPU; default: 1")
+    parser.add_argument("--at-once", type=positive, metavar="N", help="runs at a time; default: 1")
     parser.add_argument("--table", action="store_true", help="make the table of what is done, and train nothing")
-    parser.add_argument("--dry-run", action="store_true", help="list the runs and their commands, and start nothing")
+    parser.add_argument("--dry-run", action="store_true", help="list the runs, and what would be started")
     parser.add_argument("--yes", action="store_true", help=f"consent to more than {MOST} runs")
     parser.add_argument("--on-slurm", action="store_true", help="as one array of jobs; the options below go with it")
     parser.add_argument("--at-most", type=positive, metavar="N", help="runs of the array at a time")
@@ -63,12 +65,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if "--fresh" in argv:
         raise UserError("--fresh: a sweep's runs begin and go on as needed: leave it out, or give another --name")
     args = parser.parse_words(argv)
-    if not args.on_slurm:
-        job = [flag for flag, *_ in OF_PROFILE] + ["--dependency", "--comment", "--slurm", "--srun", "--at-most"]
-        given = [flag for flag in job if getattr(args, flag[2:].replace("-", "_"))]
-        if given:
-            raise UserError(f"{given[0]} goes with --on-slurm: give that too, or leave it out")
+    if args.on_slurm:
+        for flag, instead in (("--procs", "--nodes and --gpus-per-node"), ("--at-once", "--at-most")):
+            if _is_given(args, flag):
+                raise UserError(f"{flag} is for this machine: with --on-slurm, give {instead} in its stead")
+    elif given := [flag for flag in (*(flag for flag, *_ in OF_PROFILE), *OF_ARRAY) if _is_given(args, flag)]:
+        raise UserError(f"{given[0]} goes with --on-slurm: give that too, or leave it out")
     return args
+
+
+def _is_given(args: argparse.Namespace, flag: str) -> bool:
+    return bool(getattr(args, flag[2:].replace("-", "_")))
 
 
 def main(argv: Sequence[str], train: Path = TRAIN) -> int:
@@ -78,23 +85,24 @@ def main(argv: Sequence[str], train: Path = TRAIN) -> int:
         UserError: a mistake that can be seen before anything starts.
     """
     args = parse(argv)
-    slurm = SlurmArray(args) if args.on_slurm else None
+    slurm = SlurmArray(args) if args.on_slurm and not args.table else None
     sweep = plan_sweep(args.config, args.overrides, args.name, None if args.yes else MOST)
-    found = look_at_all(sweep)
-    if slurm is not None:
-        found |= slurm.active(sweep.elements)
+    found = look_at(sweep.elements)
+    if args.table:
+        make_table(sweep, found)
+        return FINISHED
     # Each seed's runs before the next one's: a table of half a sweep has all its rows.
     seeds = list(dict.fromkeys(element.seed for element in sweep.elements))
     ordered = sorted(sweep.elements, key=lambda element: seeds.index(element.seed))
-    todo = [element for element in ordered if found[element.name].state in (UNFINISHED, WAITING)]
-    procs = slurm.request.world if slurm is not None else args.procs
+    todo = [element for element in ordered if found[element.name].state in (Progress.UNFINISHED, Progress.WAITING)]
+    procs = slurm.request.world if slurm is not None else args.procs or 1
     if args.dry_run:
         for element in ordered:
-            command = shlex.join(here.command_of(sweep.file, element, procs, train))
-            print(f"{found[element.name].state:<10} {element.name}\n{'':<10} {command}")
-        return FINISHED
-    if args.table:
-        make_table(sweep, found)
+            print(f"{found[element.name].state:<10} {element.name}")
+            if slurm is None:
+                print(f"{'':<10} {shlex.join(here.command_of(sweep.file, element, procs, train))}")
+        if slurm is not None:
+            slurm.show(sweep, todo)
         return FINISHED
 
     check(todo, procs, train, data=slurm is None or not slurm.request.profile.data_on_nodes)
@@ -107,29 +115,19 @@ def main(argv: Sequence[str], train: Path = TRAIN) -> int:
         return FINISHED
     code = FINISHED
     if todo:
-        slots = here.make_slots(args.at_once, args.procs, os.environ, usable_cores(), here.visible_gpus(os.environ))
-        code, failed = here.train_here(sweep, todo, args.procs, slots, train)
-        found = look_at_all(sweep)
+        slots = here.make_slots(args.at_once or 1, procs, os.environ, usable_cores(), here.visible_gpus(os.environ))
+        code, failed = here.train_here(sweep, todo, procs, slots, train)
+        found = look_at(sweep.elements)
         for name in failed:
-            found[name] = replace(found[name], state=FAILED)
+            found[name] = replace(found[name], state=Progress.FAILED)
     make_table(sweep, found)
     if code == STOPPED:
         say("stopped; the same command goes on")
-    elif any(one.state == FAILED for one in found.values()):
-        names = [name for name, one in found.items() if one.state == FAILED]
+    elif names := [name for name, one in found.items() if one.state == Progress.FAILED]:
         say(f"error: {len(names)} of {len(found)} runs failed: {', '.join(names[:3])}{' …' if names[3:] else ''}")
-    elif counts[RUNNING]:
-        say(f"{counts[RUNNING]} of {len(found)} runs are trained elsewhere: left alone")
+    elif others := counts[Progress.RUNNING]:
+        say(f"{others} of {len(found)} runs are queued or trained elsewhere: left alone")
     return code
-
-
-def look_at_all(sweep: Sweep) -> dict[str, Found]:
-    """The state of each run, by its name.
-
-    Raises:
-        UserError: a folder is that of a run with other settings.
-    """
-    return {element.name: look_at(element) for element in sweep.elements}
 
 
 def check(elements: Sequence[Element], procs: int, train: Path, data: bool = True) -> None:
@@ -155,5 +153,5 @@ def make_table(sweep: Sweep, found: Mapping[str, Found]) -> None:
     rows = table.rows_of(sweep, found)
     markdown = table.as_markdown(sweep, rows)
     print(markdown, end="", flush=True)
-    if any(one.state in (DONE, DIVERGED) for one in found.values()):
+    if any(one.state in (Progress.FINISHED, Progress.DIVERGED) for one in found.values()):
         table.write(table.check_folder(sweep), markdown, table.as_json(sweep, rows, found))

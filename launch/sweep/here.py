@@ -15,7 +15,7 @@ from launch.child import stop_requests
 from launch.command import EXIT_CODE_FILE, FAILED, FINISHED, STOPPED
 from launch.record import Record
 from launch.sweep.plan import Element, Sweep
-from launch.sweep.state import DIVERGED
+from launch.sweep.state import Progress
 
 # Of the whole sweep, and no run's own: where its launcher reads how it ended, and one W&B id.
 NOT_THEIRS = (EXIT_CODE_FILE, "WANDB_RUN_ID")
@@ -77,7 +77,7 @@ def train_here(
         nonlocal done, stopped
         element = tasks[task]
         summary = RunFolder(str(element.folder)).summary() or {}
-        if code == FINISHED or (code == FAILED and summary.get("status") == DIVERGED):
+        if code == FINISHED or (code == FAILED and summary.get("status") == Progress.DIVERGED):
             done += 1
             say(f"{done}/{len(sweep.elements)} {element.name}: {_told(summary)}")
         elif code == STOPPED:
@@ -103,6 +103,6 @@ def say(text: str) -> None:
 
 
 def _told(summary: Mapping[str, Any]) -> str:
-    if summary.get("status") == DIVERGED:
+    if summary.get("status") == Progress.DIVERGED:
         return "diverged: its loss is no number"
     return f"top-1 {summary.get('top1', float('nan')):.2f} % in {summary.get('seconds', float('nan')):.0f} s"

@@ -157,8 +157,8 @@ def _check_distinct(elements: Sequence[Element]) -> None:
 
 
 def settings_of(config: Config) -> dict[str, Any]:
-    """What decides about a run's result, by dotted key: no names, no W&B."""
-    flat = flatten(config.model_dump(mode="json", exclude={"wandb"}))
+    """What decides about a run's result, by dotted key: no names, no W&B, nor how it is launched."""
+    flat = flatten(config.model_dump(mode="json", exclude={"wandb", "launch"}))
     return {key: value for key, value in flat.items() if key not in ("run.name", "run.dir")}
 
 

@@ -14,7 +14,7 @@ from distrib.compare import compare, mean_and_spread, show_p, spread
 from distrib.config import UserError
 from distrib.jsonl import dumps, replace_file
 from launch.sweep.plan import Element, Sweep
-from launch.sweep.state import FINISHED, STATES, Found
+from launch.sweep.state import Found, Progress
 
 MARKDOWN, JSON = "table.md", "table.json"
 METRICS = {  # of summary.json: how it is called in the table, and digits behind the point
@@ -60,7 +60,7 @@ def rows_of(sweep: Sweep, found: Mapping[str, Found]) -> list[Row]:
         row.elements.append(element)
         state, summary = found[element.name].state, found[element.name].summary
         row.states[state] += 1
-        if state == FINISHED:
+        if state == Progress.FINISHED:
             for metric, values in row.values.items():
                 value = _value(summary, metric)
                 if value is not None:
@@ -115,7 +115,7 @@ def as_markdown(sweep: Sweep, rows: Sequence[Row]) -> str:
 
 def count_states(states: Mapping[str, int]) -> str:
     """``3 finished, 1 running``."""
-    return ", ".join(f"{states[state]} {state}" for state in STATES if states.get(state))
+    return ", ".join(f"{states[state]} {state}" for state in Progress.ALL if states.get(state))
 
 
 def as_json(sweep: Sweep, rows: Sequence[Row], found: Mapping[str, Found]) -> dict[str, Any]:
@@ -168,8 +168,11 @@ def check_folder(sweep: Sweep) -> Path:
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} is the folder of a run: give the sweep a --name, or set run.dir")
     there = next((name for name in (MARKDOWN, JSON) if (folder / name).exists()), None)
-    if there is not None and _owner(folder / JSON) is None:
+    owner = _owner(folder / JSON)
+    if there is not None and owner is None:
         raise UserError(f"{folder / there} is not a sweep's: set run.dir, or move it away")
+    if owner is not None and owner != sweep.name:
+        raise UserError(f"{folder} is the folder of the sweep {owner}: set run.dir, or give --name {owner} to go on")
     return folder
 
 
