@@ -73,8 +73,15 @@ class Job:
         self.until(lambda: [e["restart"] for e in self.events("began")][-1:] == [restarts])
 
     def until_over(self) -> str:
-        """Waits for the job's end; returns Slurm's state of it."""
-        self.until(lambda: self.state() in OVER)
+        """Waits for the job's end, and through starts before it that are stopped; returns Slurm's state of it."""
+
+        def over() -> bool:
+            facts = self.cluster.job(self.number)
+            if (facts["JobState"], facts["Reason"]) == ("PENDING", "BeginTime"):
+                self.cluster.hurry(self.number)
+            return facts["JobState"] in OVER
+
+        self.until(over)
         self.until(lambda: not self.processes())
         return self.state()
 
