@@ -36,7 +36,7 @@ class SlurmArray:
         from launch.slurm.submit import prepare  # submitit takes 0.1 s
 
         runs = [Run(located(element.config)) for element in elements]
-        submission, _ = prepare(runs, self.request, Record(sweep.folder), sweep.name, self._at_most, copy=False)
+        submission = prepare(runs, self.request, Record(sweep.folder), sweep.name, self._at_most, copy=False)
         show(submission)
 
     def submit(self, sweep: Sweep, elements: Sequence[Element]) -> None:
