@@ -200,6 +200,11 @@ def planted(folder: Path, fault: str = "pass", early: str = "pass") -> str:
     return f"--profile={profile}"
 
 
+def slow(folder: Path) -> str:
+    """A profile under which a step takes 0.2 s at least, so that a run is not over before Slurm has preempted it."""
+    return planted(folder, "time.sleep(0.2)")
+
+
 @contextlib.contextmanager
 def preempted(job: Job) -> Iterator[None]:
     """A job of the higher partition wants all nodes, until the block is left."""

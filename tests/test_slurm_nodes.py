@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import runs
 from slurm_cluster import Cluster, available
-from slurm_jobs import RANK, preempted, submit
+from slurm_jobs import RANK, preempted, slow, submit
 
 if reason := available():
     pytest.skip(reason, allow_module_level=True)
@@ -29,7 +29,7 @@ def test_a_run_outlives_preemption_a_dead_node_and_one_that_is_cut_off(switched:
     undisturbed = tmp_path / "undisturbed"
     runs.train(2, undisturbed)
 
-    job = submit(switched, tmp_path / "run")
+    job = submit(switched, tmp_path / "run", slow(tmp_path))
     job.until_trains()
     with preempted(job):
         job.until(lambda: job.restarts() == 1)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import runs
 from slurm_cluster import Cluster, available, cluster
-from slurm_jobs import AGENT, RANK, TASK, Job, preempted, submit
+from slurm_jobs import AGENT, RANK, TASK, Job, preempted, slow, submit
 
 if reason := available():
     pytest.skip(reason, allow_module_level=True)
@@ -59,7 +59,7 @@ def test_two_nodes_of_two_ranks_end_with_torchruns_bits(
 @pytest.mark.parametrize("tasks", ["node", "gpu"])
 def test_asked_to_stop_in_every_way(cluster: Cluster, tmp_path: Path, undisturbed: dict[str, str], tasks: str) -> None:
     """Each ends with a save, and the same job goes on."""
-    job = submit(cluster, tmp_path / "run", f"--tasks={tasks}", "--failures=1")
+    job = submit(cluster, tmp_path / "run", slow(tmp_path), f"--tasks={tasks}", "--failures=1")
     job.until_trains()
     job.signal("USR2")  # the time is up, or submitit would say so
     job.until_started(1)
