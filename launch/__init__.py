@@ -1,4 +1,4 @@
-"""Starts training through torchrun.
+"""Trains here, on several machines or as Slurm jobs; lists, follows and stops runs.
 
 Imports no torch: a cluster's login node has none.
 """

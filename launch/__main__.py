@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -29,15 +30,21 @@ def main(argv: Sequence[str] | None = None, train: Path = TRAIN) -> int:
     listed = "\n".join(f"  {name:<9} {what}" for name, what in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="python -m launch",
-        description="Start training. `python -m launch COMMAND --help` shows a command's options.",
+        description="Train here, on several machines or as Slurm jobs, and see how runs are. "
+        "`python -m launch COMMAND --help` shows a command's options.",
         epilog=f"commands:\n{listed}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
+    parser.add_argument("command", metavar="COMMAND", help="one of the commands below")
     if not words:
         parser.print_help(sys.stderr)
         return USER_ERROR
     command = parser.parse_args(words[:1]).command
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+        print(f"error: there is no command {command}; {hint}", file=sys.stderr)
+        return USER_ERROR
     from distrib.config import UserError  # pydantic takes 0.15 s, which --help need not wait for
 
     try:

@@ -49,10 +49,16 @@ def test_chooses_the_default_partition() -> None:
         ({"partition": "gpus"}, "--partition gpus: the cluster has no such partition; did you mean gpu?"),
         ({"partition": "zzz"}, "no such partition; there are cpu, gpu, mps, old"),
         ({"partition": "old"}, "--partition old is down: choose another"),
-        ({"nodes": 25}, "--nodes 25: partition gpu has 24 nodes; ask for fewer"),
-        ({"gpus_per_node": 9}, "--gpus-per-node 9: partition gpu has 0 nodes with so many, 1 are asked for; the most"),
+        ({"nodes": 25}, "--nodes 25: partition gpu has 24; ask for fewer"),
+        (
+            {"gpus_per_node": 9},
+            "--gpus-per-node 9: partition gpu has fewer than 1 such nodes; the most that a node has is 8",
+        ),
         ({"partition": "cpu", "gpus_per_node": 1}, "the most that a node has is 0"),
-        ({"nodes": 5, "cpus_per_node": 100}, "--cpus-per-node 100: partition gpu has not 5 nodes with so many; the"),
+        (
+            {"nodes": 5, "cpus_per_node": 100},
+            "--cpus-per-node 100: partition gpu has fewer than 5 such nodes; the most is 128",
+        ),
         ({"time": "3-0"}, "--time 3-0: partition gpu allows 2880 minutes; ask for that"),
     ],
 )
@@ -114,7 +120,7 @@ def test_one_of_several_partitions_must_fit() -> None:
     kinds = [Kind(name, 4, 8, gpus, 60, True) for name, gpus in (("a", 0), ("b", 8))]
     for asked in (request(partition="a,b", nodes=4, gpus_per_node=8), request(partition="a,b", nodes=4)):
         check_fits(choose(kinds, asked), asked)
-    with pytest.raises(UserError, match="partition a has 4 nodes"):
+    with pytest.raises(UserError, match="partition a has 4;"):
         check_fits(kinds, request(partition="a,b", nodes=8))
     check_fits([*kinds, Kind("c", 9, 8, 0, 60, False)], request(nodes=4))
     with pytest.raises(UserError):  # it is down

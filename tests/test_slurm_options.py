@@ -110,9 +110,10 @@ def test_mistakes_in_options(words: list[str], expected: str, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("profile", "expected"),
     [
-        ("partion: gpu", "unknown key partion; there are nodes, "),
-        ("container: {image: a, mount: b}", "unknown key container.mount; there are image, mounts"),
+        ("partion: gpu", "unknown key partion; did you mean partition?"),
+        ("container: {image: a, mount: b}", "unknown key container.mount; did you mean mounts?"),
         ("nodes: many", "nodes: Input should be a valid integer"),
+        ("zzz: 1", "unknown key zzz; there are nodes, "),
         ("- a", "a profile is a mapping"),
         ("a: [", "not valid YAML"),
         ("time: 12h", "no time limit"),

@@ -145,13 +145,14 @@ def test_without_slurm_a_dry_run_needs_the_number_of_gpus(login: dict[str, str],
     ("words", "expected"),
     [
         (["--partition", "gpus"], "--partition gpus: the cluster has no such partition; did you mean gpu?"),
-        (["--nodes", "201"], "--nodes 201: partition gpu has 200 nodes"),
+        (["--nodes", "201"], "--nodes 201: partition gpu has 200;"),
         (["--time", "2h"], "--time '2h' is no time limit"),
-        (["--profile", "bad.yaml"], "bad.yaml: unknown key partion; there are nodes"),
+        (["--profile", "bad.yaml"], "bad.yaml: unknown key partion; did you mean partition?"),
         (["--nodes", "200"], "train.global_batch 1024 is smaller than the 1600 processes: raise it, or start fewer"),
         (["data.root=none"], "no data at "),
         (["optim.lr=x"], "optim.lr"),
         (["--simulate"], "--simulate goes with --dry-run"),
+        (["--data-on-nodes", "--resume", "must"], "holds no checkpoint: see run.dir and run.name"),
         (["--procs-per-node", "9"], "--procs-per-node 9 is more than the 8 GPUs of a node"),
         (["--data-on-nodes", "run.dir=/proc/none"], "cannot write to /proc/none: "),
     ],
@@ -208,8 +209,7 @@ def test_what_sbatch_says_is_told(login: dict[str, str], slurm: Path, tmp_path: 
     assert done.returncode == USER_ERROR
     assert done.stderr == "error: sbatch refused the job: Invalid account or account/partition\n"
     assert (tmp_path / "submitted").exists()
-    record = tmp_path / "runs/resnet50-data/launch"
-    assert not (record / "events.jsonl").exists()
+    assert not (tmp_path / "runs/resnet50-data").exists()
 
 
 def test_a_job_that_cannot_be_noted_is_cancelled(login: dict[str, str], slurm: Path, tmp_path: Path) -> None:
@@ -225,6 +225,37 @@ def test_a_job_that_cannot_be_noted_is_cancelled(login: dict[str, str], slurm: P
     assert done.stderr.startswith(f"error: cannot write to {tmp_path}/runs/resnet50-data: Is a directory")
     assert done.stderr.endswith("job 7 was cancelled\n")
     assert (tmp_path / "cancelled").read_text() == "7\n"
+
+
+def begun(folder: Path, cwd: Path, login: dict[str, str], *words: str) -> None:
+    """A run's folder with a checkpoint and the configuration that these words mean."""
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints/step_00000010.pt").touch()
+    shown = launch(login, cwd, "--config", "configs/resnet50.yaml", *words, "--print-config")
+    (folder / "config.yaml").write_text(shown.stdout)
+
+
+def test_a_begun_run_is_looked_at_before_a_job_waits_for_hours(
+    login: dict[str, str], slurm: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "runs/resnet50-data"
+    words = ["--data-on-nodes", "data.root=/data", "--config", "configs/resnet50.yaml"]
+    begun(folder, tmp_path, login, "data.root=/data")
+    done = launch(login, tmp_path, *words, "train.global_batch=512", path=slurm)
+    assert done.returncode == USER_ERROR
+    assert done.stderr.startswith(f"error: train.global_batch is 512, but {folder} was trained with 1024: set it back,")
+    assert not (tmp_path / "submitted").exists()
+    launch(login, tmp_path, *words, "train.epochs=100", path=slurm)
+    assert (tmp_path / "submitted").exists()
+
+    (tmp_path / "submitted").unlink()
+    (folder / "summary.json").write_text('{"status": "finished", "step": 10}')
+    done = launch(login, tmp_path, *words, path=slurm)
+    assert (done.returncode, done.stderr) == (FINISHED, "")
+    assert done.stdout == f"{folder} is finished already: raise train.epochs, or begin anew with --fresh\n"
+    assert not (tmp_path / "submitted").exists()
+    launch(login, tmp_path, *words, "train.epochs=100", path=slurm)
+    assert (tmp_path / "submitted").exists()
 
 
 def test_a_stop_that_was_asked_for_stands_where_nothing_is_submitted(

@@ -116,18 +116,18 @@ def _check_partition(name: str, kinds: Sequence[Kind], request: Request) -> None
     profile = request.profile
     have = sum(kind.nodes for kind in kinds)
     if request.nodes > have:
-        raise UserError(f"--nodes {request.nodes}: partition {name} has {have} nodes; ask for fewer")
+        raise UserError(f"--nodes {request.nodes}: partition {name} has {have}; ask for fewer")
     gpus, cpus = profile.gpus_per_node or 0, profile.cpus_per_node or 0
     with_gpus = [kind for kind in kinds if kind.gpus >= gpus]
     if sum(kind.nodes for kind in with_gpus) < request.nodes:
         most = max(kind.gpus for kind in kinds)
         raise UserError(
-            f"--gpus-per-node {gpus}: partition {name} has {sum(kind.nodes for kind in with_gpus)} nodes with so many, "
-            f"{request.nodes} are asked for; the most that a node has is {most}"
+            f"--gpus-per-node {gpus}: partition {name} has fewer than {request.nodes} such nodes; the most that a node "
+            f"has is {most}"
         )
     if sum(kind.nodes for kind in with_gpus if kind.cpus >= cpus) < request.nodes:
         raise UserError(
-            f"--cpus-per-node {cpus}: partition {name} has not {request.nodes} nodes with so many; the most is "
+            f"--cpus-per-node {cpus}: partition {name} has fewer than {request.nodes} such nodes; the most is "
             f"{max(kind.cpus for kind in with_gpus)}"
         )
     limit = max(kind.limit for kind in kinds)

@@ -17,6 +17,7 @@ from launch.command import FINISHED, TRAIN, USER_ERROR
 from launch.paths import located
 from launch.record import Record
 from launch.slurm.check import check_alone, check_fits, check_writable, choose, need_slurm, partitions
+from launch.slurm.continued import is_left
 from launch.slurm.options import Request, parse, read_request
 from launch.slurm.profile import changed
 
@@ -55,12 +56,21 @@ def main(argv: Sequence[str], train: Path = TRAIN) -> int:
         return simulate(args.config, args.overrides, request) if args.simulate else FINISHED
     if not request.profile.data_on_nodes:
         check_data(config, request.world)
+    if not is_left(config, args.fresh, args.resume == "must"):
+        print(f"{config.run.dir} is finished already: raise train.epochs, or begin anew with --fresh")
+        return FINISHED
     check_writable(element.record)
     check_alone(element.record)
     (job,) = submit([element], request, element.record, config.run.name)
-    print(f"job {job}: {config.run.name}, {request.nodes} nodes × {request.procs} ranks; run folder: {config.run.dir}")
+    print(f"job {job}: {config.run.name}, {size(request)}; run folder: {config.run.dir}")
     print(f"  python -m launch status {config.run.dir}\n  python -m launch logs -f {config.run.dir}", flush=True)
     return follow(element.record) if args.follow else FINISHED
+
+
+def size(request: Request) -> str:
+    """How large a job is, for a person."""
+    nodes, ranks = request.nodes, request.procs
+    return f"{nodes} node{'s' * (nodes > 1)} × {ranks} rank{'s' * (ranks > 1)}"
 
 
 def fitted(request: Request) -> Request:
@@ -114,8 +124,10 @@ def show(submission: Submission) -> None:
         print(f"{key}={value}")
     request = submission.request
     slurm = {"SLURM_JOB_ID": "JOB", "SLURM_JOB_NODELIST": "NODE0", "SLURMD_NODENAME": "NODE0"}
-    what = f"each of {request.nodes} nodes" if request.profile.tasks == "node" else f"each of {request.world} tasks"
-    print(f"\n# what {what} runs\n\n{submission.task.command(slurm, request.profile.cpus_per_node or 1)}")
+    by_node = request.profile.tasks == "node"
+    what = f"each of {request.nodes} nodes" if by_node else f"each of {request.world} tasks"
+    command = submission.task.command(slurm, request.profile.cpus_per_node or 1)
+    print(f"\n# what {what if request.world > 1 else 'the task'} runs\n\n{command}")
 
 
 def simulate(config: str, overrides: Sequence[str], request: Request) -> int:

@@ -37,6 +37,11 @@ OF_PROFILE: tuple[tuple[str, str, str], ...] = (
 )  # fmt: skip
 
 
+EXAMPLES = """examples:
+  python -m launch slurm --nodes 4 --config configs/resnet50.yaml --dry-run      # what would be submitted
+  python -m launch slurm --nodes 4 --config configs/resnet50.yaml --follow       # submit, and show rank 0's log
+  python -m launch slurm --nodes 4 --slurm reservation=maint --slurm exclusive   # any option of sbatch
+"""
 MAY_BE_NONE = ("gpus_per_node", "restarts")
 # sbatch's own defaults, which a cluster's manual may tell people to export. They would win over the batch script.
 OF_SBATCH = {
@@ -99,6 +104,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         prog="python -m launch slurm",
         description="Train as a Slurm job, which is queued again until the run is finished.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_options(parser)
     parser.add_argument("--follow", action="store_true", help="show rank 0's log until the run is over")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -154,5 +155,7 @@ def _validated(values: Mapping[str, Any], where: str) -> Profile:
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             known = Container.model_fields if key.startswith("container.") else Profile.model_fields
-            raise UserError(f"{where}: unknown key {key}; there are {', '.join(known)}") from None
+            near = difflib.get_close_matches(key.rpartition(".")[2], known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            raise UserError(f"{where}: unknown key {key}; {hint}") from None
         raise UserError(f"{where}: {key}: {first['msg']}, got {first['input']!r}") from None

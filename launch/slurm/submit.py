@@ -7,6 +7,7 @@ import io
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -173,6 +174,16 @@ class Submission:
             raise UserError(f"sbatch refused the job: {_reason(error)}") from None
         return [str(job.job_id) for job in jobs]
 
+    def discard(self) -> None:
+        """Removes what was written for nothing, and the copy of the code if no other submission uses it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        base = self.folder.parent
+        if self.code.parent == base / "code" and not any(base.glob("*/*_submission.sh")):
+            shutil.rmtree(self.code.parent, ignore_errors=True)
+        for folder in (base, base.parent):
+            with contextlib.suppress(OSError):  # not empty
+                folder.rmdir()
+
     @property
     def _cpus_per_task(self) -> int | None:
         cpus, profile = self.request.profile.cpus_per_node, self.request.profile
@@ -259,6 +270,7 @@ def submit(
     except UserError:
         for stop in stops:
             stop.touch()
+        submission.discard()
         raise
     try:
         for element, job in zip(elements, jobs, strict=True):
