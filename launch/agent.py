@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs the workers to their end; returns 0 or 1, as torchrun does."""
     # During the slow import nothing has begun: a signal may end us, without a KeyboardInterrupt's traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # Where the nodes' meeting ends before us, torch's C++ code would warn with a stack. It asks as it is loaded.
+    # Where the nodes' rendezvous ends before us, torch's C++ code would warn with a stack. It asks as it is loaded.
     quiet = not {"LOGLEVEL", "TORCH_CPP_LOG_LEVEL"} & set(os.environ)
     if quiet:
         os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"

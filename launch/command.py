@@ -61,7 +61,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Meeting:
+class Rendezvous:
     """Where the agents of several nodes meet, as one of them sees it.
 
     ``least`` below ``nodes``: nodes may come and go, as long as there are so many.
@@ -71,7 +71,7 @@ class Meeting:
     host: str
     port: int
     name: str  # of this start, and no other: an agent that is late must not join the next one
-    is_host: bool  # whether this node keeps the meeting
+    is_host: bool  # whether this node keeps the rendezvous
     address: str  # of this node, for the others
     restarts: int = 0  # how often workers may be started again
     least: int | None = None
@@ -101,11 +101,11 @@ def build_torchrun(
     environ: Mapping[str, str],
     cores: int,
     train: Path = TRAIN,
-    meeting: Meeting | None = None,
+    rendezvous: Rendezvous | None = None,
     numa: bool = False,
 ) -> Command:
     """Training through torchrun; as ``through_torchrun``."""
-    return through_torchrun((str(train), "--config", config, *overrides), procs, environ, cores, meeting, numa)
+    return through_torchrun((str(train), "--config", config, *overrides), procs, environ, cores, rendezvous, numa)
 
 
 def through_torchrun(
@@ -113,7 +113,7 @@ def through_torchrun(
     procs: int,
     environ: Mapping[str, str],
     cores: int,
-    meeting: Meeting | None = None,
+    rendezvous: Rendezvous | None = None,
     numa: bool = False,
 ) -> Command:
     """torchrun for ``procs`` workers on this machine, alone or among others; ``numa``: each beside its GPU.
@@ -126,7 +126,7 @@ def through_torchrun(
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # or restarted workers meet the old store: pytorch #135712
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",  # seconds from a signal to SIGKILL; a save must fit
     }
-    argv = [sys.executable, "-m", TORCHRUN, f"--nproc-per-node={procs}", *(meeting.words() if meeting else ALONE)]
+    argv = [sys.executable, "-m", TORCHRUN, f"--nproc-per-node={procs}", *(rendezvous.words() if rendezvous else ALONE)]
     argv += ["--numa-binding=node"] if numa else []
     argv += [f"--signals-to-handle={','.join(SIGNALS)}", *program]
     return Command(tuple(argv), {name: value for name, value in ours.items() if name not in environ})

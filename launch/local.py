@@ -16,7 +16,7 @@ from distrib.options import Parser, parse_start, positive
 from distrib.surroundings import ForgivingStream, usable_cores
 from launch.child import run
 from launch.command import FINISHED, TRAIN, build_torchrun
-from launch.nodes import add_options, read_meeting
+from launch.nodes import add_options, read_rendezvous
 
 
 def main(argv: Sequence[str], train: Path = TRAIN) -> int:
@@ -43,12 +43,12 @@ def main(argv: Sequence[str], train: Path = TRAIN) -> int:
     if args.print_config:
         print_config(config)
         return FINISHED
-    meeting = read_meeting(args, config.run.name)
-    world = args.procs * (meeting.nodes if meeting else 1)
+    rendezvous = read_rendezvous(args, config.run.name)
+    world = args.procs * (rendezvous.nodes if rendezvous else 1)
     check_batch(config, world)
     asked = [*(["--fresh"] if args.fresh else []), *(["--resume", "must"] if args.resume == "must" else [])]
     words = [*asked, *args.overrides]
-    command = build_torchrun(args.procs, args.config, words, os.environ, usable_cores(), train, meeting)
+    command = build_torchrun(args.procs, args.config, words, os.environ, usable_cores(), train, rendezvous)
     if args.dry_run:  # perhaps on a machine that has not the data
         print(command)
         return FINISHED

@@ -9,7 +9,7 @@ import socket
 
 from distrib.config import UserError
 from distrib.options import positive
-from launch.command import Meeting
+from launch.command import Rendezvous
 
 PORT = 29400  # torchrun's own
 RESTARTS = 3
@@ -28,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     nodes.add_argument("--rdzv-id", metavar="NAME", help="with --fresh: a name that no earlier start had")
 
 
-def read_meeting(args: argparse.Namespace, name: str) -> Meeting | None:
+def read_rendezvous(args: argparse.Namespace, name: str) -> Rendezvous | None:
     """Where the agents meet, or None for a start on this machine alone; ``name``: the run's.
 
     Raises:
@@ -46,11 +46,11 @@ def read_meeting(args: argparse.Namespace, name: str) -> Meeting | None:
         raise UserError("--fresh on several nodes needs --rdzv-id NAME: one that no earlier start had, alike on each")
     least, most = args.nnodes
     restarts = RESTARTS if args.max_restarts is None else args.max_restarts
-    return find_meeting(args.rdzv_endpoint, most, args.rdzv_id or name, restarts, least)
+    return find_rendezvous(args.rdzv_endpoint, most, args.rdzv_id or name, restarts, least)
 
 
-def find_meeting(endpoint: str, nodes: int, name: str, restarts: int = 0, least: int | None = None) -> Meeting:
-    """The meeting of ``nodes`` agents at ``endpoint``, a HOST or HOST:PORT, as this machine sees it.
+def find_rendezvous(endpoint: str, nodes: int, name: str, restarts: int = 0, least: int | None = None) -> Rendezvous:
+    """The rendezvous of ``nodes`` agents at ``endpoint``, a HOST or HOST:PORT, as this machine sees it.
 
     Raises:
         UserError: the host cannot be found.
@@ -59,7 +59,7 @@ def find_meeting(endpoint: str, nodes: int, name: str, restarts: int = 0, least:
     is_host = _is_here(host)
     # Not the host's address as itself sees it: some systems give their own name one of the loopback.
     address = host if is_host else _address_towards(host, port)
-    return Meeting(nodes, host, port, name, is_host, address, restarts, least)
+    return Rendezvous(nodes, host, port, name, is_host, address, restarts, least)
 
 
 def _nodes(text: str) -> tuple[int, int]:

@@ -12,8 +12,8 @@ from distrib.config import UserError
 from distrib.options import PlainParser, positive
 from distrib.surroundings import usable_cores
 from launch.child import run
-from launch.command import TRAIN, Command, Meeting, through_torchrun
-from launch.nodes import PORT, find_meeting
+from launch.command import TRAIN, Command, Rendezvous, through_torchrun
+from launch.nodes import PORT, find_rendezvous
 
 TOOL = "distrib.tools.preflight"
 EXAMPLES = """examples:
@@ -58,8 +58,10 @@ def main(argv: Sequence[str], train: Path = TRAIN) -> int:
         raise UserError("--nnodes needs --procs, and --rdzv-endpoint HOST, which is the same on all of them")
     if args.nnodes == 1 and args.rdzv_endpoint is not None:
         raise UserError("--rdzv-endpoint is for several machines: give their number by --nnodes, or leave it out")
-    meeting = find_meeting(args.rdzv_endpoint, args.nnodes, "preflight") if args.rdzv_endpoint is not None else None
-    command = build(args.procs, args.run_dir, meeting, os.environ, usable_cores())
+    rendezvous = (
+        find_rendezvous(args.rdzv_endpoint, args.nnodes, "preflight") if args.rdzv_endpoint is not None else None
+    )
+    command = build(args.procs, args.run_dir, rendezvous, os.environ, usable_cores())
     if args.dry_run:
         print(command)
         return 0
@@ -72,9 +74,11 @@ def main(argv: Sequence[str], train: Path = TRAIN) -> int:
     return outcome.code
 
 
-def build(procs: int | None, run_dir: str, meeting: Meeting | None, environ: Mapping[str, str], cores: int) -> Command:
+def build(
+    procs: int | None, run_dir: str, rendezvous: Rendezvous | None, environ: Mapping[str, str], cores: int
+) -> Command:
     """The tool through torchrun, or by itself where no ``procs`` are asked for."""
     words = ("-m", TOOL, "--run-dir", run_dir)
     if procs is None:
         return Command((sys.executable, *words), {})
-    return through_torchrun(words, procs, environ, cores, meeting)
+    return through_torchrun(words, procs, environ, cores, rendezvous)

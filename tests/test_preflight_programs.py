@@ -20,7 +20,7 @@ from distrib.preflight import is_wanted
 from distrib.runtime import Runtime
 from launch.__main__ import main as launch
 from launch.command import TRAIN as TRAIN_PY
-from launch.command import Meeting, build_torchrun
+from launch.command import Rendezvous, build_torchrun
 from launch.preflight import build
 
 
@@ -170,9 +170,9 @@ def test_launchs_command() -> None:
     alone = build(None, "runs/a", None, {}, 8)
     assert alone.argv == (sys.executable, *tool)
     # As training is started, which the preflight stands for.
-    meeting = Meeting(2, "gpu01", 29400, "preflight", False, "gpu02")
+    meeting = Rendezvous(2, "gpu01", 29400, "preflight", False, "gpu02")
     for where in (None, meeting):
-        looks, trains = build(4, "runs/a", where, {}, 8), build_torchrun(4, "c.yaml", [], {}, 8, meeting=where)
+        looks, trains = build(4, "runs/a", where, {}, 8), build_torchrun(4, "c.yaml", [], {}, 8, rendezvous=where)
         assert looks.env == trains.env
         assert looks.argv[: -len(tool)] == trains.argv[: trains.argv.index(str(TRAIN_PY))]
         assert looks.argv[-len(tool) :] == tool

@@ -8,7 +8,7 @@ import pytest
 
 from distrib.config import UserError
 from launch.record import Record
-from launch.slurm.check import Kind, check_alone, check_fits, check_writable, choose, read_partitions
+from launch.slurm.check import NodeType, check_alone, check_fits, check_writable, choose, read_partitions
 from launch.slurm.options import Request
 from launch.slurm.profile import Profile
 
@@ -28,11 +28,11 @@ def request(**values: object) -> Request:
 
 def test_reads_partitions() -> None:
     assert read_partitions(PRINTED) == [
-        Kind("gpu", 20, 96, 8, 2880, True, True),
-        Kind("gpu", 4, 128, 8, 2880, True, True),
-        Kind("cpu", 50, 64, 0, float("inf"), True),
-        Kind("old", 2, 32, 4, float("inf"), False),
-        Kind("mps", 1, 8, 1, 30, True),
+        NodeType("gpu", 20, 96, 8, 2880, True, True),
+        NodeType("gpu", 4, 128, 8, 2880, True, True),
+        NodeType("cpu", 50, 64, 0, float("inf"), True),
+        NodeType("old", 2, 32, 4, float("inf"), False),
+        NodeType("mps", 1, 8, 1, 30, True),
     ]
 
 
@@ -117,11 +117,11 @@ def test_a_job_of_the_run_is_there(
 
 
 def test_one_of_several_partitions_must_fit() -> None:
-    kinds = [Kind(name, 4, 8, gpus, 60, True) for name, gpus in (("a", 0), ("b", 8))]
+    kinds = [NodeType(name, 4, 8, gpus, 60, True) for name, gpus in (("a", 0), ("b", 8))]
     for asked in (request(partition="a,b", nodes=4, gpus_per_node=8), request(partition="a,b", nodes=4)):
         check_fits(choose(kinds, asked), asked)
     with pytest.raises(UserError, match="partition a has 4;"):
         check_fits(kinds, request(partition="a,b", nodes=8))
-    check_fits([*kinds, Kind("c", 9, 8, 0, 60, False)], request(nodes=4))
+    check_fits([*kinds, NodeType("c", 9, 8, 0, 60, False)], request(nodes=4))
     with pytest.raises(UserError):  # it is down
-        check_fits([*kinds, Kind("c", 9, 8, 0, 60, False)], request(nodes=9))
+        check_fits([*kinds, NodeType("c", 9, 8, 0, 60, False)], request(nodes=9))

@@ -22,7 +22,7 @@ FORM = "%P|%D|%c|%G|%l|%a"  # sinfo: partition (* at the default one), nodes, CP
 
 
 @dataclass(frozen=True)
-class Kind:
+class NodeType:
     """Nodes of one partition that are alike. ``limit``: the partition's, in minutes."""
 
     partition: str
@@ -48,7 +48,7 @@ def need_slurm() -> None:
         )
 
 
-def read_partitions(printed: str) -> list[Kind]:
+def read_partitions(printed: str) -> list[NodeType]:
     """The cluster's partitions, from what ``sinfo -h -o FORM`` prints."""
     kinds = []
     for line in printed.splitlines():
@@ -63,18 +63,20 @@ def read_partitions(printed: str) -> list[Kind]:
             most = float("inf")
         least = re.match(r"\d+", cpus)  # 16+ where they differ
         kinds.append(
-            Kind(name.rstrip("*"), int(nodes), int(least[0]) if least else 0, gpus, most, up == "up", name[-1] == "*")
+            NodeType(
+                name.rstrip("*"), int(nodes), int(least[0]) if least else 0, gpus, most, up == "up", name[-1] == "*"
+            )
         )
     return kinds
 
 
-def partitions() -> list[Kind] | None:
+def partitions() -> list[NodeType] | None:
     """The cluster's; None where sinfo does not answer."""
     printed = ask(["sinfo", "-h", "-o", FORM], PATIENCE).text
     return None if printed is None else read_partitions(printed)
 
 
-def choose(kinds: Sequence[Kind], request: Request) -> list[Kind]:
+def choose(kinds: Sequence[NodeType], request: Request) -> list[NodeType]:
     """The kinds of nodes in the partition that is asked for, or in the default one; none where that is not known.
 
     Raises:
@@ -95,7 +97,7 @@ def choose(kinds: Sequence[Kind], request: Request) -> list[Kind]:
     return found
 
 
-def check_fits(kinds: Sequence[Kind], request: Request) -> None:
+def check_fits(kinds: Sequence[NodeType], request: Request) -> None:
     """Looks whether the nodes, GPUs, cores and time can be had in a partition with these ``kinds`` of nodes.
 
     Raises:
@@ -112,7 +114,7 @@ def check_fits(kinds: Sequence[Kind], request: Request) -> None:
         raise wrong[0]
 
 
-def _check_partition(name: str, kinds: Sequence[Kind], request: Request) -> None:
+def _check_partition(name: str, kinds: Sequence[NodeType], request: Request) -> None:
     profile = request.profile
     have = sum(kind.nodes for kind in kinds)
     if request.nodes > have:

@@ -18,7 +18,7 @@ from pathlib import Path
 from distrib.place import first_host
 from distrib.surroundings import settle, usable_cores
 from launch.child import run
-from launch.command import FAILED, STOPPED, USER_ERROR, Command, Meeting, Outcome, build_torchrun
+from launch.command import FAILED, STOPPED, USER_ERROR, Command, Outcome, Rendezvous, build_torchrun
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Task:
         if self.form == "gpu":  # train.py finds its place by Slurm's variables
             threads = {} if "OMP_NUM_THREADS" in environ else {"OMP_NUM_THREADS": str(max(1, cores))}
             return Command((sys.executable, self.train, "--config", config, *words), threads)
-        meeting = find_meeting(environ, self.nodes, self.restarts)
-        made = build_torchrun(self.procs, config, words, environ, cores, Path(self.train), meeting, self.numa)
+        rendezvous = find_rendezvous(environ, self.nodes, self.restarts)
+        made = build_torchrun(self.procs, config, words, environ, cores, Path(self.train), rendezvous, self.numa)
         return made.through_agent()
 
     def __call__(self) -> None:
@@ -84,7 +84,7 @@ def _report(file: Path | None, rank: str, code: int, message: str) -> None:
             stream.write(f"{rank} {code} {message}\n")
 
 
-def find_meeting(environ: Mapping[str, str], nodes: int, restarts: int) -> Meeting:
+def find_rendezvous(environ: Mapping[str, str], nodes: int, restarts: int) -> Rendezvous:
     """Where this node's torchrun meets those of the others, from Slurm's variables.
 
     The port and the name are of one start of one job: several may share a node, and a requeued one may come back
@@ -94,7 +94,7 @@ def find_meeting(environ: Mapping[str, str], nodes: int, restarts: int) -> Meeti
     start = f"{environ['SLURM_JOB_ID']}.{environ.get('SLURM_RESTART_COUNT', 0)}"
     place = f"{environ.get('DISTRIB_SUBMISSION', '')}.{start}"  # nodes may serve two clusters, which count alike
     host = first_host(environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"])
-    return Meeting(
+    return Rendezvous(
         nodes=nodes,
         host=host,
         port=20000 + zlib.crc32(place.encode(errors="surrogateescape")) % 10000,
