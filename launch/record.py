@@ -15,7 +15,8 @@
     launch/SUBMISSION/        configuration, batch script and output of one submission
 
 ``job`` is Slurm's number, with ``_INDEX`` behind it in an array; ``restart`` counts how often Slurm has started it
-again, from 0. ``step`` is the newest checkpoint's, 0 where there is none. ``then`` is "requeued" or "over". The batch script writes the last two events, in shell (slurm/job.sh).
+again, from 0. ``step`` is the newest checkpoint's, 0 where there is none; ``then`` is "requeued" or "over". The batch
+script writes the last two events, in shell (slurm/job.sh).
 """
 
 from __future__ import annotations
