@@ -14,11 +14,11 @@ from distrib.options import PlainParser
 from launch.command import FAILED, FINISHED
 from launch.queue import ask
 from launch.runs import checkpoints, resolve
+from launch.state import WAITS
 from launch.survey import View, survey
 
 WAIT_SECONDS = 4.0  # between looks while waiting: each asks Slurm
 SCANCEL_SECONDS = 30.0
-WAITS = ("queued", "requeued")
 STEP_SECONDS = 30.0  # that a job's script may take from its start to its first step
 
 
