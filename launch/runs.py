@@ -10,7 +10,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,7 +166,8 @@ def read(folder: Path, clock: Clock) -> Run:
     evaluation: dict[str, Any] = next((line for line in reversed(lines) if line.get("kind") == "eval"), {})
     step = max((line["step"] for line in lines if isinstance(line.get("step"), int)), default=0)
     summary, written = _json(folder / "summary.json")
-    seen = Seen(record.read(), stop, summary, step, writer, written)
+    events = record.read()
+    seen = Seen(events, stop, summary, step, writer, written, last_codes(record, events))
     return Run(
         shown_name(folder),
         record,
@@ -269,6 +270,24 @@ def reports(record: Record) -> dict[str, list[tuple[str, int, Report]]]:
                 said = read_reports(file.read_text(encoding="utf-8", errors="replace"))
                 found.setdefault(file.parent.name, []).extend((file.name, *pair) for pair in sorted(said.items()))
     return found
+
+
+def last_codes(record: Record, events: Sequence[Mapping[str, Any]]) -> list[int]:
+    """What ranks said as they ended in the newest start; [] where its script has said how it ended.
+
+    What ranks said before their node started them again stands there until they begin, and is left out.
+    """
+    newest = next((event for event in reversed(events) if event["event"] in ("began", "ended")), None)
+    if newest is None or newest["event"] == "ended":
+        return []
+    codes: list[int] = []
+    with contextlib.suppress(OSError):
+        for file in (record.reports / f"{newest.get('job')}.{newest.get('restart')}").iterdir():
+            again = file.with_name(f"{file.name}.restarts")
+            if file.suffix == ".restarts" or (again.exists() and again.stat().st_mtime >= file.stat().st_mtime):
+                continue
+            codes += [report.code for report in read_reports(file.read_text(errors="replace")).values()]
+    return codes
 
 
 def _json(path: Path) -> tuple[dict[str, Any] | None, float | None]:

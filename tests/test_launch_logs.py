@@ -38,7 +38,7 @@ def test_shows_the_last_lines(slurm: Fake, capfd: pytest.CaptureFixture[str]) ->
     assert main(["logs", "a", "--rank", "4"]) == 0
     assert capfd.readouterr() == ("", "")
     assert main(["logs", "a", "--rank", "5"]) == 2
-    assert capfd.readouterr().err.startswith("error: runs/a has no log of rank 5 yet: it is lost: job 7 never began")
+    assert capfd.readouterr().err.startswith("error: runs/a has no log of rank 5 yet: it is cancelled: before it began")
 
 
 @pytest.mark.parametrize(

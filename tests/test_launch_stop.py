@@ -247,7 +247,7 @@ def test_a_run_that_is_not_there(
 def test_a_job_that_is_gone_is_not_stopped(slurm: Fake, capfd: pytest.CaptureFixture[str]) -> None:
     record = make("a", "7", step=40)
     assert main(["stop", "a"]) == 0
-    assert capfd.readouterr().out == "a is lost already, at step 40: nothing is to be stopped\n"
+    assert capfd.readouterr().out == "a is cancelled already, at step 40: nothing is to be stopped\n"
     assert slurm.calls("scancel") == []
     assert not record.stop.exists()
 
