@@ -10,7 +10,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ import yaml
 from distrib.config import UserError
 from distrib.lease import NAME as WRITER
 from distrib.lease import disk_time, look
-from launch.command import Report, read_reports
 from launch.record import FOLDER, Record
+from launch.reports import last_codes
 from launch.state import Seen
 
 RUNS = "runs"  # where runs lie by default
@@ -249,45 +249,6 @@ def checkpoints(folder: Path) -> list[tuple[int, Path, int]]:
                 with contextlib.suppress(OSError):
                     found.append((int(match[1]), Path(entry.path), entry.stat().st_size))
     return sorted(found)
-
-
-def restarts_within(record: Record) -> list[tuple[str, str, str]]:
-    """(JOB.RESTART, host, "TIME REASON") of each time that workers were started again within a start of a job."""
-    found = []
-    with contextlib.suppress(OSError):
-        for file in sorted(record.reports.glob("*/*.restarts")):
-            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-            found += [(file.parent.name, file.stem, line.strip()) for line in lines if line.strip()]
-    return found
-
-
-def reports(record: Record) -> dict[str, list[tuple[str, int, Report]]]:
-    """(host, rank, what it said as it ended), by JOB.RESTART; what cannot be read is left out."""
-    found: dict[str, list[tuple[str, int, Report]]] = {}
-    with contextlib.suppress(OSError):
-        for file in sorted(record.reports.glob("*/*")):
-            if file.suffix != ".restarts":
-                said = read_reports(file.read_text(encoding="utf-8", errors="replace"))
-                found.setdefault(file.parent.name, []).extend((file.name, *pair) for pair in sorted(said.items()))
-    return found
-
-
-def last_codes(record: Record, events: Sequence[Mapping[str, Any]]) -> list[int]:
-    """What ranks said as they ended in the newest start; [] where its script has said how it ended.
-
-    What ranks said before their node started them again stands there until they begin, and is left out.
-    """
-    newest = next((event for event in reversed(events) if event["event"] in ("began", "ended")), None)
-    if newest is None or newest["event"] == "ended":
-        return []
-    codes: list[int] = []
-    with contextlib.suppress(OSError):
-        for file in (record.reports / f"{newest.get('job')}.{newest.get('restart')}").iterdir():
-            again = file.with_name(f"{file.name}.restarts")
-            if file.suffix == ".restarts" or (again.exists() and again.stat().st_mtime >= file.stat().st_mtime):
-                continue
-            codes += [report.code for report in read_reports(file.read_text(errors="replace")).values()]
-    return codes
 
 
 def _json(path: Path) -> tuple[dict[str, Any] | None, float | None]:

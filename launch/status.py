@@ -13,7 +13,8 @@ from rich.text import Text
 from distrib.options import PlainParser
 from launch.command import FINISHED, STOPPED
 from launch.logs import log_files
-from launch.runs import checkpoints, reports, resolve, restarts_within
+from launch.reports import reports, restarts_within
+from launch.runs import checkpoints, resolve
 from launch.starts import Start, starts
 from launch.state import DONE, WAITS
 from launch.survey import View, duration, moment, size, survey
