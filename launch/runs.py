@@ -28,6 +28,7 @@ RUNS = "runs"  # where runs lie by default
 DEPTH = 4  # how far below a folder runs are looked for
 # Each is written by train.py or the launcher alone. A queued run has nothing but the launcher's record.
 SIGNS = ("metrics.jsonl", "checkpoints", "summary.json", WRITER, f"{FOLDER}/events.jsonl")
+JOB = re.compile(r"\d+(_\d+)?")
 CHECKPOINT = re.compile(r"step_(\d{8,})\.pt")
 
 # metrics.jsonl is read in blocks from its end, until an evaluation is found.
@@ -121,17 +122,12 @@ def resolve(word: str) -> Path:
     Raises:
         UserError: there is none, or the job has several.
     """
-    places = [Path(os.path.expanduser(word)), Path(RUNS, word)]
+    places = _places(word)
     for place in places:
         if is_run(place):
             return place
-    if re.fullmatch(r"\d+(_\d+)?", word):
-        found = {
-            path: job
-            for path in find(Path(RUNS))
-            for job in Record(path).jobs()
-            if word in (job, job.partition("_")[0])
-        }
+    if JOB.fullmatch(word):
+        found = _runs_of(word)
         if len(found) > 1:
             jobs = sorted(found.values())
             raise UserError(f"job {word} has {len(found)} runs below {RUNS}: name one of them, such as {jobs[0]}")
@@ -146,6 +142,35 @@ def resolve(word: str) -> Path:
     below = next(find(inside), None)
     hint = f": name one of those in it, such as {shown_name(below)}" if below else ""
     raise UserError(f"{inside} is no run's folder{hint}")
+
+
+def resolve_all(word: str) -> list[Path]:
+    """The runs that ``word`` means: one as in ``resolve``, or those right in a sweep's folder, or of an array.
+
+    Raises:
+        UserError: there is none; or it names the folder of all runs, which nobody means by that.
+    """
+    places = _places(word)
+    if word and not any(map(is_run, places)):
+        if JOB.fullmatch(word) and len(found := _runs_of(word)) > 1:
+            return list(found)
+        inside = next((place for place in places if os.path.isdir(place)), None)
+        if inside is not None and (below := list(find(inside, 1))):
+            if os.path.isdir(RUNS) and os.path.samefile(inside, RUNS):
+                raise UserError(f"{inside} holds all runs: name one, or a sweep, such as {shown_name(below[0])}")
+            return below
+    return [resolve(word)]
+
+
+def _places(word: str) -> list[Path]:
+    return [Path(os.path.expanduser(word)), Path(RUNS, word)]
+
+
+def _runs_of(number: str) -> dict[Path, str]:
+    """The runs below ``runs`` that know a job, or an element of that array, and by which number."""
+    return {
+        path: job for path in find(Path(RUNS)) for job in Record(path).jobs() if number in (job, job.partition("_")[0])
+    }
 
 
 def read(folder: Path, clock: Clock) -> Run:
