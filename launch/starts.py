@@ -61,6 +61,8 @@ def starts(
         told = _whole(event.get("step"))  # of the newest checkpoint, where the script says it
         last = _whole(end.get("step")) if end else step if newest else None
         first = told if told is not None else made[-1].last if made else None
+        if first is not None and last is not None and last < first:  # --fresh: it took away what was there
+            first = None
         code = _whole(end.get("code")) if end else None
         nodes = event.get("nodes")
         made.append(

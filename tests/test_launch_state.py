@@ -329,6 +329,8 @@ def test_every_start_and_its_end() -> None:
     ]  # fmt: skip
     assert (made[1].ended, made[1].within) == ("2026-11-25T10:00:00", ("n1: 10:00 rank 3 was killed",))
     assert (made[0].nodes, made[3].nodes) == ("n[1-2]", "n4,n5")
+    fresh = [began(0, "9", step=120), ended(75, job="9", step=30)]
+    assert [(s.first, s.last) for s in starts([*events, *fresh], {}, [], {}, 30, alive=False)][-1] == (None, 30)
     killed = "ended: its node failed, or it was killed"
     assert starts(events, {}, [], {}, 110, alive=False)[3].how == killed
 
