@@ -49,7 +49,7 @@ from distrib.lease import Sight
 from launch.command import FINISHED, STOPPED
 
 DONE = ("finished", "diverged")  # what a summary says where nothing is left to train
-WAITS = ("queued", "requeued")
+WAITS = ("queued", "requeued")  # in Slurm's queue
 OVER = ("finished", "stopped", "diverged", "failed", "cancelled", "lost")  # nothing goes on by itself
 
 # Slurm's words for a job of which something is still to come.

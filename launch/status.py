@@ -93,11 +93,8 @@ def lines(view: View) -> Iterator[tuple[str, str]]:
         beat = "" if writer.silent is None else f", last heartbeat {duration(writer.silent)} ago"
         yield "writer", f"{writer.holder}{'' if writer.here and writer.alive else beat}"
     if run.seen.stop and state.name not in DONE:  # else it went on without its job, which alone looks for that
-        began = run.seen.last("began", state.job) is not None
-        yield (
-            "stop",
-            f"a {'saved stop' if began else 'stop before it began'} was asked for; the job is not queued again",
-        )
+        what = "saved stop" if run.seen.last("began", state.job) else "stop before it began"
+        yield "stop", f"a {what} was asked for; the job is not queued again"
     yield from _progress(view)
     said = reports(run.record)
     for start in starts_of(view):
