@@ -2,7 +2,7 @@
 
     launch/events.jsonl       one JSON object a line, appended only:
                               {"event": "submitted", "time", "job", "name", "nodes", "procs", "tasks", "submission"}
-                              {"event": "began", "time", "job", "restart", "nodes"}
+                              {"event": "began", "time", "job", "restart", "nodes", "step"}
                               {"event": "ended", "time", "job", "restart", "code", "step", "reason", "then"}
     launch/logs/rank_00000.log    what each rank prints, over all its starts
     launch/reports/JOB.RESTART/HOST           how each rank of a node ended in one start of a job: "RANK CODE MESSAGE";
@@ -15,7 +15,8 @@
     launch/SUBMISSION/        configuration, batch script and output of one submission
 
 ``job`` is Slurm's number, with ``_INDEX`` behind it in an array; ``restart`` counts how often Slurm has started it
-again, from 0. ``then`` is "requeued" or "over". The batch script writes the last two events, in shell (slurm/job.sh).
+again, from 0. ``step`` is the newest checkpoint's, 0 where there is none; ``then`` is "requeued" or "over". The batch
+script writes the last two events, in shell (slurm/job.sh).
 """
 
 from __future__ import annotations

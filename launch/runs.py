@@ -20,14 +20,15 @@ import yaml
 from distrib.config import UserError
 from distrib.lease import NAME as WRITER
 from distrib.lease import disk_time, look
-from launch.command import Report, read_reports
 from launch.record import FOLDER, Record
+from launch.reports import last_codes
 from launch.state import Seen
 
 RUNS = "runs"  # where runs lie by default
 DEPTH = 4  # how far below a folder runs are looked for
 # Each is written by train.py or the launcher alone. A queued run has nothing but the launcher's record.
 SIGNS = ("metrics.jsonl", "checkpoints", "summary.json", WRITER, f"{FOLDER}/events.jsonl")
+JOB = re.compile(r"\d+(_\d+)?")
 CHECKPOINT = re.compile(r"step_(\d{8,})\.pt")
 
 # metrics.jsonl is read in blocks from its end, until an evaluation is found.
@@ -121,17 +122,12 @@ def resolve(word: str) -> Path:
     Raises:
         UserError: there is none, or the job has several.
     """
-    places = [Path(os.path.expanduser(word)), Path(RUNS, word)]
+    places = _places(word)
     for place in places:
         if is_run(place):
             return place
-    if re.fullmatch(r"\d+(_\d+)?", word):
-        found = {
-            path: job
-            for path in find(Path(RUNS))
-            for job in Record(path).jobs()
-            if word in (job, job.partition("_")[0])
-        }
+    if JOB.fullmatch(word):
+        found = _runs_of(word)
         if len(found) > 1:
             jobs = sorted(found.values())
             raise UserError(f"job {word} has {len(found)} runs below {RUNS}: name one of them, such as {jobs[0]}")
@@ -146,6 +142,35 @@ def resolve(word: str) -> Path:
     below = next(find(inside), None)
     hint = f": name one of those in it, such as {shown_name(below)}" if below else ""
     raise UserError(f"{inside} is no run's folder{hint}")
+
+
+def resolve_all(word: str) -> list[Path]:
+    """The runs that ``word`` means: one as in ``resolve``, or those right in a sweep's folder, or of an array.
+
+    Raises:
+        UserError: there is none; or it names the folder of all runs, which nobody means by that.
+    """
+    places = _places(word)
+    if word and not any(map(is_run, places)):
+        if JOB.fullmatch(word) and len(found := _runs_of(word)) > 1:
+            return list(found)
+        inside = next((place for place in places if os.path.isdir(place)), None)
+        if inside is not None and (below := list(find(inside, 1))):
+            if os.path.isdir(RUNS) and os.path.samefile(inside, RUNS):
+                raise UserError(f"{inside} holds all runs: name one, or a sweep, such as {shown_name(below[0])}")
+            return below
+    return [resolve(word)]
+
+
+def _places(word: str) -> list[Path]:
+    return [Path(os.path.expanduser(word)), Path(RUNS, word)]
+
+
+def _runs_of(number: str) -> dict[Path, str]:
+    """The runs below ``runs`` that know a job, or an element of that array, and by which number."""
+    return {
+        path: job for path in find(Path(RUNS)) for job in Record(path).jobs() if number in (job, job.partition("_")[0])
+    }
 
 
 def read(folder: Path, clock: Clock) -> Run:
@@ -166,7 +191,8 @@ def read(folder: Path, clock: Clock) -> Run:
     evaluation: dict[str, Any] = next((line for line in reversed(lines) if line.get("kind") == "eval"), {})
     step = max((line["step"] for line in lines if isinstance(line.get("step"), int)), default=0)
     summary, written = _json(folder / "summary.json")
-    seen = Seen(record.read(), stop, summary, step, writer, written)
+    events = record.read()
+    seen = Seen(events, stop, summary, step, writer, written, last_codes(record, events))
     return Run(
         shown_name(folder),
         record,
@@ -248,27 +274,6 @@ def checkpoints(folder: Path) -> list[tuple[int, Path, int]]:
                 with contextlib.suppress(OSError):
                     found.append((int(match[1]), Path(entry.path), entry.stat().st_size))
     return sorted(found)
-
-
-def restarts_within(record: Record) -> list[tuple[str, str, str]]:
-    """(JOB.RESTART, host, "TIME REASON") of each time that workers were started again within a start of a job."""
-    found = []
-    with contextlib.suppress(OSError):
-        for file in sorted(record.reports.glob("*/*.restarts")):
-            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-            found += [(file.parent.name, file.stem, line.strip()) for line in lines if line.strip()]
-    return found
-
-
-def reports(record: Record) -> dict[str, list[tuple[str, int, Report]]]:
-    """(host, rank, what it said as it ended), by JOB.RESTART; what cannot be read is left out."""
-    found: dict[str, list[tuple[str, int, Report]]] = {}
-    with contextlib.suppress(OSError):
-        for file in sorted(record.reports.glob("*/*")):
-            if file.suffix != ".restarts":
-                said = read_reports(file.read_text(encoding="utf-8", errors="replace"))
-                found.setdefault(file.parent.name, []).extend((file.name, *pair) for pair in sorted(said.items()))
-    return found
 
 
 def _json(path: Path) -> tuple[dict[str, Any] | None, float | None]:

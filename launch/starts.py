@@ -9,8 +9,6 @@ from typing import Any
 from launch.command import FINISHED, STOPPED, USER_ERROR
 from launch.state import ACTIVE, Job
 
-_WORDLESS = "ended without its script's word"
-
 
 @dataclass(frozen=True)
 class Start:
@@ -49,7 +47,7 @@ def starts(
         restarts: (JOB.RESTART, host, "TIME REASON") for the times that workers were started again.
         codes: what ranks said as they ended, by JOB.RESTART.
         step: that the run has reached by now.
-        alive: whether the newest start goes on.
+        alive: whether the newest start's job still runs.
     """
     ends = {(str(e.get("job")), e.get("restart")): e for e in events if e["event"] == "ended"}
     began = [event for event in events if event["event"] == "began"]
@@ -63,6 +61,8 @@ def starts(
         told = _whole(event.get("step"))  # of the newest checkpoint, where the script says it
         last = _whole(end.get("step")) if end else step if newest else None
         first = told if told is not None else made[-1].last if made else None
+        if first is not None and last is not None and last < first:  # --fresh: it took away what was there
+            first = None
         code = _whole(end.get("code")) if end else None
         nodes = event.get("nodes")
         made.append(
@@ -91,12 +91,15 @@ def _how(end: Mapping[str, Any] | None, row: Job | None, codes: Collection[int],
         means = {FINISHED: "finished", STOPPED: "saved and stopped", USER_ERROR: "refused"}
         word = means.get(code, f"failed ({code})") if isinstance(code, int) else "ended"
         return f"{word}: {reason}" if reason else word
-    saved = "its ranks have saved and stopped, " if codes and set(codes) <= {FINISHED, STOPPED} else ""
+    # The script was killed before it could say so, or has yet to: the ranks' own words are left.
+    saved = ""
+    if codes and set(codes) <= {FINISHED, STOPPED}:
+        saved = "saved and stopped" if STOPPED in codes else "finished"
     if row is not None and row.state not in ("", "COMPLETED", *(s for s in ACTIVE if s != "REQUEUED")):
-        return f"{_WORDLESS}: {saved}Slurm says {row.state}"
+        return f"{saved or 'ended'}; Slurm says {row.state}"
     if alive:
-        return "goes on"
-    return f"{_WORDLESS}: {saved or 'its node failed, or it was killed'}".removesuffix(", ")
+        return saved or "goes on"
+    return saved or "ended: its node failed, or it was killed"
 
 
 def _whole(value: object) -> int | None:

@@ -7,8 +7,10 @@ Who asks for a state gets the first row that fits. "The job" is the one of the r
     the job waits in Slurm's queue, and has not begun yet       queued
                                     and has begun before        requeued
     the job is suspended                                        suspended
+    the job runs, nobody writes, and a summary that covers,     that
+      written since it began, says finished or diverged
     the job runs, and a stop was asked for, or Slurm or its     stopping
-                  script is ending it
+                  script is ending it, or its ranks have ended
                   and its writer lives                          running
                   and nobody writes, or no line yet             starting
     no job is there, and somebody writes                        as if the job ran
@@ -26,7 +28,7 @@ Who asks for a state gets the first row that fits. "The job" is the one of the r
       and its queue, where it may be again, does not answer
     Slurm calls it failed, timed out, …                         failed, with Slurm's word
     it was to be queued again, and the queue has it not         lost; requeued where Slurm does not answer
-    it never began                                              lost; queued where Slurm does not answer
+    it never began                                              cancelled; queued where Slurm does not answer
     the summary covers                                          what it says: finished, stopped or diverged
     the writer is gone and left its name                        lost
     nobody writes, and no summary covers                        failed
@@ -47,6 +49,7 @@ from distrib.lease import Sight
 from launch.command import FINISHED, STOPPED
 
 DONE = ("finished", "diverged")  # what a summary says where nothing is left to train
+WAITS = ("queued", "requeued")  # in Slurm's queue
 OVER = ("finished", "stopped", "diverged", "failed", "cancelled", "lost")  # nothing goes on by itself
 
 # Slurm's words for a job of which something is still to come.
@@ -91,6 +94,7 @@ class Seen:
     step: int = 0  # of the last line of metrics.jsonl
     writer: Sight | None = None
     written: float | None = None  # when the summary was, in seconds since 1970 by the disk's clock
+    codes: Sequence[int] = ()  # what ranks said as they ended in the newest start, where its script has yet to say it
 
     def jobs(self) -> list[str]:
         """The jobs that were submitted, oldest first."""
@@ -124,8 +128,20 @@ class Seen:
             return ""
         if end is not None and isinstance(step := end.get("step"), int) and self.summary["step"] > step:
             return covered
-        since = _seconds(self.last("began", job) or self.last("submitted", job))
-        return covered if since is not None and self.written is not None and self.written > since else ""
+        return covered if self._is_later(self.last("began", job) or self.last("submitted", job)) else ""
+
+    def ending(self, job: str) -> bool:
+        """Whether ranks of the job's newest start have ended and nobody writes, and its script has yet to say it."""
+        began = next((event for event in reversed(self.events) if event["event"] == "began"), None)
+        if began is None or str(began.get("job")) != job or self.end(job) is not None:
+            return False
+        writes = self.writer is not None and self.writer.alive is not False
+        return not writes and (bool(self.codes) or (self.covered() != "" and self._is_later(began)))
+
+    def _is_later(self, event: Mapping[str, Any] | None) -> bool:
+        """Whether the summary was written after an event."""
+        since = _seconds(event)
+        return since is not None and self.written is not None and self.written > since
 
 
 @dataclass(frozen=True)
@@ -182,7 +198,12 @@ def _active_state(seen: Seen, job: Job) -> State:
         return State("requeued" if began else "queued", reason, job.job, job.nodes, job.start)
     if job.state in ("SUSPENDED", "STOPPED"):
         return State("suspended", job.reason if job.reason != "None" else "", job.job, job.nodes)
-    end = seen.end(job.job)
+    end, gone = seen.end(job.job), writer is None or writer.alive is False
+    if gone and (done := seen.done(job.job)):  # the job takes some seconds more
+        return State(done, "", job.job, job.nodes)
+    if seen.ending(job.job):
+        reason = "" if set(seen.codes) <= {FINISHED, STOPPED} else "a rank has failed"
+        return State("stopping", reason, job.job, job.nodes)
     if job.state in ENDING or seen.stop or (end is not None and end.get("then") == "over"):
         return State("stopping", "", job.job, job.nodes)
     if writer is None:
@@ -209,13 +230,15 @@ def _ended(seen: Seen, job: str, slurm: Slurm) -> tuple[str, str]:
         if reason == CANCELLED or (slurms == "CANCELLED" and not seen.stop):
             return "cancelled", "what it had done is saved" if code == STOPPED else ""
         if code in (FINISHED, STOPPED):
-            return "stopped", reason if code == STOPPED else "before it began"
+            return "stopped", reason if code == STOPPED else "launch stop, before it began"
         return ("diverged" if covered == "diverged" else "failed"), reason or f"exit code {code}"
     waited = then == "requeued" or (seen.last("began", job) is None and end is None)
     # Of a job, or an array's element, that was cancelled before it began Slurm's accounts may say nothing.
     taken_out = seen.stop and waited and not slurms and slurm.queue is not None
     if slurms == "CANCELLED" or taken_out:
-        return ("stopped", "it was taken out of Slurm") if seen.stop else ("cancelled", "")
+        if seen.stop:
+            return "stopped", "launch stop" + (": it was taken out of Slurm's queue" if waited else "")
+        return "cancelled", ""
     if covered in DONE:
         return covered, ""
     if slurms in AGAIN and slurm.queue is None:
@@ -230,7 +253,7 @@ def _ended(seen: Seen, job: str, slurm: Slurm) -> tuple[str, str]:
     if waited and not slurms:
         if slurm.queue is None:
             return "queued", ""
-        return "lost", f"job {job} never began, and Slurm does not have it any more"
+        return "cancelled", f"before it began: Slurm does not have job {job} any more"
     name, reason = _named(_by_folder(seen))
     if name in ("failed", "lost"):
         reason = _join(reason, "Slurm does not have the job any more" if slurm.queue is not None else SILENT)

@@ -13,9 +13,10 @@ from rich.text import Text
 from distrib.options import PlainParser
 from launch.command import FINISHED, STOPPED
 from launch.logs import log_files
-from launch.runs import checkpoints, reports, resolve, restarts_within
+from launch.reports import reports, restarts_within
+from launch.runs import checkpoints, resolve
 from launch.starts import Start, starts
-from launch.state import DONE
+from launch.state import DONE, WAITS
 from launch.survey import View, duration, moment, size, survey
 from launch.terminal import COLOURS, console
 
@@ -45,7 +46,8 @@ def main(argv: Sequence[str], train: Path) -> int:
 
 def starts_of(view: View) -> list[Start]:
     """Every start of the run that the launcher knows."""
-    alive = not view.state.over and view.state.name not in ("queued", "requeued")
+    in_queue = view.state.job in (view.slurm.queue or {})  # a job ends some seconds after its run
+    alive = (in_queue or not view.state.over) and view.state.name not in WAITS
     run, past = view.run, view.slurm.past or {}
     codes = {name: [report.code for _, _, report in said] for name, said in reports(run.record).items()}
     return starts(run.seen.events, past, restarts_within(run.record), codes, run.step, alive)
@@ -91,7 +93,8 @@ def lines(view: View) -> Iterator[tuple[str, str]]:
         beat = "" if writer.silent is None else f", last heartbeat {duration(writer.silent)} ago"
         yield "writer", f"{writer.holder}{'' if writer.here and writer.alive else beat}"
     if run.seen.stop and state.name not in DONE:  # else it went on without its job, which alone looks for that
-        yield "stop", "a saved stop was asked for; the job is not queued again"
+        what = "saved stop" if run.seen.last("began", state.job) else "stop before it began"
+        yield "stop", f"a {what} was asked for; the job is not queued again"
     yield from _progress(view)
     said = reports(run.record)
     for start in starts_of(view):

@@ -1,4 +1,4 @@
-"""``launch stop``: asks a run to save and to end, and its job not to be queued again."""
+"""``launch stop``: asks a run, or all of a sweep, to save and to end, and their jobs not to be queued again."""
 
 from __future__ import annotations
 
@@ -11,45 +11,77 @@ from pathlib import Path
 
 from distrib.config import UserError
 from distrib.options import PlainParser
-from launch.command import FAILED, FINISHED
+from launch.command import FAILED, FINISHED, USER_ERROR
 from launch.queue import ask
-from launch.runs import checkpoints, resolve
+from launch.runs import checkpoints, resolve_all
+from launch.state import WAITS
 from launch.survey import View, survey
 
 WAIT_SECONDS = 4.0  # between looks while waiting: each asks Slurm
 SCANCEL_SECONDS = 30.0
-WAITS = ("queued", "requeued")
 STEP_SECONDS = 30.0  # that a job's script may take from its start to its first step
 
 
 def main(argv: Sequence[str], train: Path) -> int:
-    """Stops a run; returns 0, or 1 where ``--wait`` saw it end without all saved.
+    """Stops runs; returns 0, or 1 where ``--wait`` saw one end without all saved, or 2 where some cannot be reached.
 
     Raises:
-        UserError: there is no such run, or it cannot be reached from here.
+        UserError: there is no such run, or the only one cannot be reached from here.
     """
     parser = PlainParser(
         prog="python -m launch stop",
         description="Ask a run to save and to end: a running job's ranks get SIGUSR2, a waiting job is taken out of "
         "the queue, a run on this machine gets SIGTERM. The command that started it continues it.",
     )
-    parser.add_argument("run", metavar="RUN", help="a run's folder, its name below runs, or the number of its job")
+    parser.add_argument(
+        "run",
+        metavar="RUN",
+        help="a run's folder, its name below runs, or the number of its job; a sweep's folder or an array's number: "
+        "all its runs",
+    )
     parser.add_argument("--wait", action="store_true", help="wait until it has ended, and say what is saved")
     args = parser.parse_args(argv)
-    folder = resolve(args.run)
-    (view,) = survey([folder])
-    name, state = view.run.name, view.state
-    if view.settled:
-        print(f"{name} is {state.name} already, at step {view.run.step}: nothing is to be stopped")
-        return FINISHED
-    print(_ask(view), flush=True)
+    views = survey(resolve_all(args.run))
+    asked, code = _ask_one(views[0]) if len(views) == 1 else _ask_many(views, args.run)
     if not args.wait:
-        return FINISHED
+        return code
     try:
-        return _wait(folder)
+        return max([code, *(_wait(view) for view in asked)])
     except KeyboardInterrupt:
-        print("not waiting any more; the run was asked, and stops", file=sys.stderr)
+        print("not waiting any more; what was asked stops", file=sys.stderr)
         return FAILED
+
+
+def _ask_one(view: View) -> tuple[list[View], int]:
+    """Asks a run to stop; returns it, where there is something to wait for, and 0.
+
+    Raises:
+        UserError: it cannot be reached from here.
+    """
+    if view.settled:
+        print(f"{view.run.name} is {view.state.name} already, at step {view.run.step}: nothing is to be stopped")
+        return [], FINISHED
+    print(_ask(view), flush=True)
+    return [view], FINISHED
+
+
+def _ask_many(views: Sequence[View], word: str) -> tuple[list[View], int]:
+    """Asks those that are under way, and goes on where one cannot be reached; returns those asked and an exit code."""
+    going = [view for view in views if not view.settled]
+    if not going:
+        print(f"none of the {len(views)} runs of {word} is under way: nothing is to be stopped")
+    # Those that wait come first: the others' ends let them begin. One that begins all the same finds the request.
+    going.sort(key=lambda view: view.state.name not in WAITS)
+    asked: list[View] = []
+    code = FINISHED
+    for view in going:
+        try:
+            print(_ask(view), flush=True)
+            asked.append(view)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            code = USER_ERROR
+    return asked, code
 
 
 def _ask(view: View) -> str:
@@ -156,8 +188,8 @@ def _signal(view: View) -> str:
     return f"{name}: process {holder.pid} on this machine was asked to save and stop"
 
 
-def _wait(folder: Path) -> int:
-    """Waits for the end; says what is saved."""
+def _wait(asked: View) -> int:
+    """Waits for a run's end; says what is saved."""
     told: set[str] = set()
 
     def tell(line: str) -> None:
@@ -166,11 +198,11 @@ def _wait(folder: Path) -> int:
             print(f"note: {line}", file=sys.stderr)
 
     while True:
-        (view,) = survey([folder], tell)
+        (view,) = survey([asked.run.path], tell)
         if view.settled:
             break
         time.sleep(WAIT_SECONDS)
     saved = checkpoints(view.run.path)
     where = f"; newest checkpoint: {saved[-1][1]}" if saved else "; there is no checkpoint"
-    print(f"{view.run.name} is {view.state.name} at step {view.run.step}{where}")
+    print(f"{asked.run.name} is {view.state.name} at step {view.run.step}{where}")
     return FINISHED if view.state.name in ("stopped", "finished") else FAILED

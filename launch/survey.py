@@ -11,7 +11,8 @@ from typing import Any
 from distrib.config import UserError
 from launch.command import FAILED, FINISHED, STOPPED, USER_ERROR
 from launch.queue import look_up
-from launch.runs import Clock, Run, read, restarts_within
+from launch.reports import restarts_within
+from launch.runs import Clock, Run, read
 from launch.state import Slurm, State, judge
 
 
@@ -22,7 +23,7 @@ class View:
     run: Run
     state: State
     slurm: Slurm
-    restarts: int  # of jobs by Slurm, and of workers within a job
+    restarts: int  # of jobs by Slurm, and of all workers within a job
 
     @property
     def settled(self) -> bool:

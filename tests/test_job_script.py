@@ -124,7 +124,7 @@ def test_how_a_start_ended(script: Script, srun: int, reports: list[str], expect
     assert script.asked() == (["requeue 6_1"] if requeued else [])
     assert script.ended()["then"] == ("requeued" if requeued else "over")
     assert script.events("began") == [
-        {**script.events("began")[0], "job": "6_1", "restart": 0, "nodes": "n[1-2]", "event": "began"}
+        {**script.events("began")[0], "job": "6_1", "restart": 0, "nodes": "n[1-2]", "step": 0}
     ]
 
 
@@ -153,6 +153,7 @@ def test_failures_at_one_step_are_counted(script: Script) -> None:
         script.saves(step)
         assert script.srun(1, script.says("1 1 no disk"), start) == 1
         assert script.ended()["then"] == "requeued"
+        assert script.events("began")[-1]["step"] == step
     script.srun(0, script.says("0 75", "1 75"), 4)  # a stop is no failure
     script.srun(1, script.says("1 1 no disk"), 5)
     assert script.ended()["then"] == "over"

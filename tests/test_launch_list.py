@@ -83,7 +83,7 @@ def test_a_start_without_a_word_is_explained(slurm: Fake, capfd: pytest.CaptureF
     assert main(["status", "a"]) == 0
     out = capfd.readouterr().out
     assert out.startswith("a  failed  Slurm says NODE_FAIL, and did not queue it again\n")
-    assert "to 2026-11-25 10:30:00, n[1-2], steps 0 to 40, ended without its script's word: Slurm says NODE_FAIL" in out
+    assert "to 2026-11-25 10:30:00, n[1-2], steps 0 to 40, ended; Slurm says NODE_FAIL" in out
     assert "workers started again, n1: 2026-11-25T10:00:00 rank 1 was killed by SIGKILL" in out
     assert "rank 1 on n1 ended with 1: rank 3 was lost" in out
     assert "rank 0 on n1" not in out  # it has saved
@@ -104,6 +104,37 @@ def test_a_stopped_job_whose_run_went_on_without_it(slurm: Fake, capfd: pytest.C
     assert "a saved stop was asked for" not in told
 
 
+def test_a_stop_of_what_never_began(slurm: Fake, capfd: pytest.CaptureFixture[str]) -> None:
+    make("a", "7").stop.touch()
+    assert main(["status", "a"]) == 0
+    told = capfd.readouterr().out
+    assert told.startswith("a  stopped  launch stop: it was taken out of Slurm's queue\n")
+    assert "a stop before it began was asked for" in told
+    assert "saved" not in told
+
+
+def test_what_ranks_said_counts_until_they_are_started_again(slurm: Fake, capfd: pytest.CaptureFixture[str]) -> None:
+    record = make("a", "7", step=40)
+    record.add("began", {"job": "7", "restart": 0, "nodes": "n[1-2]", "step": 0})
+    slurm.says("squeue", "7|RUNNING|N/A|N/A|n[1-2]|None\n")
+    reports = record.reports / "7.0"
+    reports.mkdir(parents=True)
+    (reports / "n1").write_text("0 75 \n1 75 \n")
+    found = state_of(Path("runs"), capfd)
+    assert (found["state"], found["reason"]) == ("stopping", None)
+    assert main(["status", "a"]) == 0
+    assert "steps 0 to 40, saved and stopped\n" in capfd.readouterr().out
+    (reports / "n1.restarts").write_text("2026-11-25T10:00:00 a node came or left; everything is saved\n")
+    assert state_of(Path("runs"), capfd)["state"] == "starting"
+    (reports / "n1").write_text("0 75 \n1 1 no disk\n")
+    os.utime(reports / "n1.restarts", (1, 1))
+    assert state_of(Path("runs"), capfd)["reason"] == "a rank has failed"
+    record.add("ended", {"job": "7", "restart": 0, "code": 1, "step": 40, "reason": "no disk", "then": "over"})
+    assert state_of(Path("runs"), capfd)["state"] == "failed"
+    record.add("began", {"job": "7", "restart": 1, "nodes": "n[1-2]", "step": 40})
+    assert state_of(Path("runs"), capfd)["state"] == "starting"
+
+
 @pytest.mark.parametrize("name", ["squeue", "sacct"])
 def test_a_slurm_that_fails_is_told_once(name: str, slurm: Fake, capfd: pytest.CaptureFixture[str]) -> None:
     for run in ("a", "b"):
@@ -122,8 +153,8 @@ def test_a_slurm_without_accounts_is_no_news(slurm: Fake, capfd: pytest.CaptureF
     slurm.says("squeue", err="slurm_load_jobs error: Invalid job id specified\n", code=1)
     slurm.says("sacct", err="Slurm accounting storage is disabled\n", code=1)
     found = state_of(Path("runs"), capfd)
-    assert (found["state"], found["over"]) == ("lost", True)
-    assert "never began" in found["reason"]
+    assert (found["state"], found["over"]) == ("cancelled", True)
+    assert "before it began" in found["reason"]
 
 
 def test_a_slurm_that_hangs_is_not_waited_for(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from fake_slurm import Fake, launch, make, slurm
+from fake_slurm import Fake, launch, make, slurm, writes
 
 from launch import logs
 from launch.__main__ import main
@@ -38,7 +38,7 @@ def test_shows_the_last_lines(slurm: Fake, capfd: pytest.CaptureFixture[str]) ->
     assert main(["logs", "a", "--rank", "4"]) == 0
     assert capfd.readouterr() == ("", "")
     assert main(["logs", "a", "--rank", "5"]) == 2
-    assert capfd.readouterr().err.startswith("error: runs/a has no log of rank 5 yet: it is lost: job 7 never began")
+    assert capfd.readouterr().err.startswith("error: runs/a has no log of rank 5 yet: it is cancelled: before it began")
 
 
 @pytest.mark.parametrize(
@@ -236,3 +236,29 @@ def test_a_follower_that_is_ended(way: str, slurm: Fake, tmp_path: Path) -> None
         out, err = "", process.stderr.read()
         process.wait(30)
     assert (process.returncode, out, err) == (1, "", "")  # nobody knows how the run ends
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "last"), [(0, "finished", "finished"), (75, "stopped", "stopping as job 7")]
+)
+def test_a_run_that_has_ended_does_not_start_again(
+    code: int,
+    status: str,
+    last: str,
+    slurm: Fake,
+    capfd: pytest.CaptureFixture[str],
+    following: Callable[[Record], tuple[list[str], threading.Thread]],
+) -> None:
+    record = make("a", "7", step=40)
+    record.add("began", {"job": "7", "restart": 0, "nodes": "n1", "step": 0})
+    writes(record)
+    slurm.says("squeue", "7|RUNNING|N/A|N/A|n1|None\n")
+    told, thread = following(record)
+    until(lambda: told == ["running as job 7"])
+    (record.run / "summary.json").write_text(json.dumps({"status": status, "step": 40}))
+    (record.run / "writer.json").unlink()
+    until(lambda: told == ["running as job 7", last])  # its job still runs
+    record.add("ended", {"job": "7", "restart": 0, "code": code, "step": 40, "reason": "", "then": "over"})
+    slurm.says("squeue")
+    thread.join(30)
+    assert told[2:] == (["stopped"] if code else [])

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from launch.record import Record
+from launch.reports import restarts_within
 from launch.runs import Clock, find, read, resolve, tail, total_steps
 from launch.survey import duration, size
 
@@ -136,4 +138,24 @@ def test_sizes() -> None:
         "2 MB",
         "513 MB",
         "3.0 TB",
+    ]
+
+
+def test_workers_that_all_nodes_start_again_count_once(tmp_path: Path) -> None:
+    record = Record(tmp_path)
+    assert restarts_within(record) == []
+    said = {
+        "7.0/n1": "t1 rank 0: gloo: connection closed by peer\nt3 a node came or left; everything is saved\n",
+        "7.0/n2.domain": "t2 rank 9 was killed\n\nt4 a node came or left; everything is saved\n",
+        "7.0/n3": "t2 rank 17: gloo: connection reset\n",
+        "7.1/n1": "t5 rank 1: no memory\n",
+    }
+    for name, text in said.items():
+        file = record.reports / f"{name}.restarts"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    assert restarts_within(record) == [
+        ("7.0", "n2.domain", "t2 rank 9 was killed"),
+        ("7.0", "n1", "t3 a node came or left; everything is saved"),
+        ("7.1", "n1", "t5 rank 1: no memory"),
     ]

@@ -51,7 +51,6 @@ def past(*states: str, job: str = "7", code: str = "0:0", squeue: bool = True) -
 
 
 GONE, NONE = queue(), Slurm()
-WORDLESS = "ended without its script's word"
 
 
 @pytest.mark.parametrize(
@@ -114,13 +113,20 @@ S, B = submitted(), began()
         (Seen([S, B, ended(0)], summary=summary("finished")), queue(RUNS), "stopping", ""),
         (Seen([S, B, ended(1, "requeued"), began(1)], step=5, writer=ALIVE), queue(RUNS), "running", ""),
         (Seen([S, B, ended(1, "requeued")], step=5), queue(RUNS), "starting", ""),  # the script has yet to say it
+        # its ranks have ended, and its script has yet to say it
+        (Seen([S, B], step=5, codes=[75, 75]), queue(RUNS), "stopping", ""),
+        (Seen([S, B], step=5, codes=[0]), queue(RUNS), "stopping", ""),
+        (Seen([S, B], step=5, codes=[75, 1], writer=SILENT), queue(RUNS), "stopping", "a rank has failed"),
+        (Seen([S, B], step=5, codes=[75], writer=ALIVE), queue(RUNS), "running", ""),
+        (Seen([S, B, ended(75, "requeued")], step=5, codes=[75]), queue(RUNS), "starting", ""),
+        (Seen([S, B, submitted("8")], step=5, codes=[75]), queue(Job("8", "RUNNING")), "starting", ""),
         # over, as the script said it
         (Seen([S, B, ended(0)], summary=summary("finished")), GONE, "finished", ""),
         (Seen([S, B, ended(0)], summary=summary("finished")), NONE, "finished", ""),
         (Seen([S, B, ended(0)], summary=summary("diverged")), NONE, "diverged", ""),
         (Seen([S, B, ended(0)]), NONE, "failed", "no summary says"),
         (Seen([S, B, ended(0)], step=41, summary=summary("stopped")), NONE, "failed", "no summary says"),
-        (Seen([S, B, ended(0)], stop=True), NONE, "stopped", "before it began"),
+        (Seen([S, B, ended(0)], stop=True), NONE, "stopped", "launch stop, before it began"),
         (Seen([S, B, ended(75, reason="asked by launch stop")], stop=True), GONE, "stopped", "launch stop"),
         (Seen([S, B, ended(75)]), past("CANCELLED"), "cancelled", "is saved"),
         (Seen([S, B, ended(143)]), past("CANCELLED"), "cancelled", ""),
@@ -134,7 +140,8 @@ S, B = submitted(), began()
         (Seen([S, B], step=40, summary=summary("finished")), past("NODE_FAIL"), "finished", ""),
         (Seen([S, B], step=41, summary=summary("finished")), past("NODE_FAIL"), "failed", "did not queue it again"),
         (Seen([S, B], step=5), past("CANCELLED"), "cancelled", ""),
-        (Seen([S], stop=True), past("CANCELLED"), "stopped", "taken out"),
+        (Seen([S], stop=True), past("CANCELLED"), "stopped", "launch stop: it was taken out"),
+        (Seen([S, B], stop=True), past("CANCELLED"), "stopped", "launch stop"),
         (Seen([S]), past("CANCELLED"), "cancelled", ""),
         (Seen([S], stop=True), GONE, "stopped", "taken out"),  # a Slurm without accounts
         (Seen([S], stop=True), NONE, "queued", "Slurm does not answer"),
@@ -146,7 +153,8 @@ S, B = submitted(), began()
         (Seen([S, B], step=5), GONE, "failed", "without a summary: its last words say why; Slurm does not have"),
         (Seen([S, B], step=40, summary=summary("stopped")), GONE, "stopped", ""),
         (Seen([S, B, ended(75, "requeued")], step=40, summary=summary("stopped")), GONE, "lost", "go on as job 7"),
-        (Seen([S]), GONE, "lost", "job 7 never began"),
+        (Seen([S]), GONE, "cancelled", "before it began: Slurm does not have job 7 any more"),
+        (Seen([S, B, ended(75), submitted("8")], step=40), GONE, "cancelled", "does not have job 8"),
         # Slurm's accounts call it ended, though it waits: the newest start counts, and the queue above all
         (Seen([S, B], step=5), Slurm({"7": WAITS}, {"7": [Job("7", "NODE_FAIL")]}), "requeued", "Priority"),
         (Seen([S, B], step=5), past("NODE_FAIL", "PENDING", squeue=False), "requeued", ""),
@@ -209,6 +217,19 @@ def test_what_went_on_to_its_end_without_its_job(end: Any, slurm: Slurm, stop: b
     # Went on beyond what the summary is of.
     seen = replace(seen, step=41, written=began + 3600)
     assert judge(seen, slurm).name not in ("finished", "diverged")
+
+
+@pytest.mark.parametrize("state", ["RUNNING", "COMPLETING"])
+@pytest.mark.parametrize("status", ["finished", "diverged", "stopped"])
+def test_a_job_outlives_its_run(status: str, state: str) -> None:
+    events = [S, {**B, "time": "2026-11-25T10:00:00+0100"}]
+    job = queue(Job("7", state, nodes="n1"))
+    seen = Seen(events, False, summary(status), 40, None, 1795597200.0 + 60)
+    assert judge(seen, job) == State("stopping" if status == "stopped" else status, "", "7", "n1")
+    assert judge(replace(seen, writer=ALIVE), job).name == ("running" if state == "RUNNING" else "stopping")
+    # The summary is of the start before.
+    before = judge(replace(seen, written=1795597200.0 - 60), job).name
+    assert before == ("starting" if state == "RUNNING" else "stopping")
 
 
 def test_a_job_that_was_cancelled_before_it_began() -> None:
@@ -304,11 +325,13 @@ def test_every_start_and_its_end() -> None:
         ("8", 0, 80, 110, None, ""),
     ]  # fmt: skip
     assert [s.how for s in made] == [
-        "saved and stopped: preempted", f"{WORDLESS}: Slurm says NODE_FAIL", "failed (1)", "goes on",
+        "saved and stopped: preempted", "ended; Slurm says NODE_FAIL", "failed (1)", "goes on",
     ]  # fmt: skip
     assert (made[1].ended, made[1].within) == ("2026-11-25T10:00:00", ("n1: 10:00 rank 3 was killed",))
     assert (made[0].nodes, made[3].nodes) == ("n[1-2]", "n4,n5")
-    killed = f"{WORDLESS}: its node failed, or it was killed"
+    fresh = [began(0, "9", step=120), ended(75, job="9", step=30)]
+    assert [(s.first, s.last) for s in starts([*events, *fresh], {}, [], {}, 30, alive=False)][-1] == (None, 30)
+    killed = "ended: its node failed, or it was killed"
     assert starts(events, {}, [], {}, 110, alive=False)[3].how == killed
 
 
@@ -317,10 +340,13 @@ def test_every_start_and_its_end() -> None:
     [
         (["RUNNING"], [], True, "goes on"),
         ([], [], True, "goes on"),
-        ([], [75, 0], False, f"{WORDLESS}: its ranks have saved and stopped"),
-        (["REQUEUED"], [75, 75], False, f"{WORDLESS}: its ranks have saved and stopped, Slurm says REQUEUED"),
-        (["REQUEUED"], [75, 1], False, f"{WORDLESS}: Slurm says REQUEUED"),
-        (["COMPLETED"], [], False, f"{WORDLESS}: its node failed, or it was killed"),
+        (["RUNNING"], [75, 75], True, "saved and stopped"),  # its job ends some seconds later
+        (["RUNNING"], [0, 0], True, "finished"),
+        (["RUNNING"], [75, 1], True, "goes on"),  # its workers may be started again
+        ([], [75, 0], False, "saved and stopped"),
+        (["CANCELLED"], [75, 75], False, "saved and stopped; Slurm says CANCELLED"),
+        (["REQUEUED"], [75, 1], False, "ended; Slurm says REQUEUED"),
+        (["COMPLETED"], [], False, "ended: its node failed, or it was killed"),
     ],
 )
 def test_a_start_of_which_the_script_says_no_end(

@@ -225,17 +225,15 @@ def test_waits_until_a_job_has_stopped(
     [
         ("nothing", "there is no run 'nothing', here or below runs"),
         ("4711", "no run below runs knows a job 4711"),
-        ("sweep", "sweep is no run's folder: name one of those in it, such as sweep/x"),
-        ("12", "job 12 has 2 runs below runs: name one of them, such as 12_0"),
         ("", "there is no run ''"),
+        ("elsewhere", "runs/elsewhere is no run's folder"),
         ("x" * 300, "there is no run 'xxx"),
     ],
 )
 def test_a_run_that_is_not_there(
     command: str, word: str, part: str, slurm: Fake, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    make("sweep/x", "12_0")
-    make("sweep/y", "12_1")
+    Path("runs", "elsewhere").mkdir()
     assert main([command, word]) == 2
     out, err = capfd.readouterr()
     assert out == ""
@@ -244,10 +242,105 @@ def test_a_run_that_is_not_there(
     assert part in err
 
 
+@pytest.mark.parametrize("command", ["status", "logs"])
+@pytest.mark.parametrize(
+    ("word", "part"),
+    [
+        ("sweep", "sweep is no run's folder: name one of those in it, such as sweep/x"),
+        ("12", "job 12 has 2 runs below runs: name one of them, such as 12_0"),
+    ],
+)
+def test_several_runs_are_not_shown(
+    command: str, word: str, part: str, slurm: Fake, capfd: pytest.CaptureFixture[str]
+) -> None:
+    make("sweep/x", "12_0")
+    make("sweep/y", "12_1")
+    assert main([command, word]) == 2
+    out, err = capfd.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert part in err
+
+
+ARRAY = "12_0|RUNNING|N/A|N/A|n1|None\n12_1|RUNNING|N/A|N/A|n2|None\n"
+
+
+def make_sweep() -> list[Record]:
+    """Two elements that run, one that waits and one that has finished; and a run below another folder."""
+    records = [make(f"sweep/{name}", f"12_{k}", step=40) for k, name in enumerate("abcd")]
+    for k in (0, 1, 3):
+        records[k].add("began", {"job": f"12_{k}", "restart": 0, "nodes": "n1"})
+    records[3].add("ended", {"job": "12_3", "restart": 0, "code": 1, "step": 40, "reason": "no disk", "then": "over"})
+    make("sweep/deeper/x", "13")
+    return records
+
+
+@pytest.mark.parametrize("word", ["sweep", "runs/sweep", "runs/sweep/", "12"])
+def test_stops_all_of_a_sweep(word: str, slurm: Fake, capfd: pytest.CaptureFixture[str]) -> None:
+    records = make_sweep()
+    slurm.says("squeue", f"{ARRAY}12_2|PENDING|N/A|N/A||JobArrayTaskLimit\n13|RUNNING|N/A|N/A|n4|None\n")
+    assert main(["stop", word]) == 0
+    out, err = capfd.readouterr()
+    assert err == ""
+    assert out.splitlines() == [
+        "job 12_2 of sweep/c was taken out of the queue; what it has trained is saved",
+        "job 12_0 of sweep/a was asked to save and stop",
+        "job 12_1 of sweep/b was asked to save and stop",
+    ]
+    assert slurm.calls("scancel") == ["12_2", "--signal=USR2 12_0", "--signal=USR2 12_1"]
+    assert [record.stop.exists() for record in records] == [True, True, True, False]
+
+
+def test_a_run_that_cannot_be_reached_keeps_no_other_from_stopping(
+    slurm: Fake, capfd: pytest.CaptureFixture[str]
+) -> None:
+    make_sweep()
+    writes(make("sweep/0", step=4))
+    slurm.says("squeue", ARRAY)
+    assert main(["stop", "sweep"]) == 2
+    out, err = capfd.readouterr()
+    assert out.count("was asked to save and stop") == 2
+    assert err == ("error: sweep/0 is written by process 4242 on n1: stop it there, by `kill -TERM 4242`\n")
+
+
+def test_waits_until_all_of_a_sweep_have_stopped(
+    slurm: Fake, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stop, "WAIT_SECONDS", 0.1)
+    records = make_sweep()
+    slurm.says("squeue", ARRAY)
+
+    def end() -> None:
+        while len(slurm.calls("scancel")) < 2:
+            time.sleep(0.01)
+        for k, code in ((0, 75), (1, 1)):
+            values = {"job": f"12_{k}", "restart": 0, "code": code, "step": 40, "reason": "", "then": "over"}
+            records[k].add("ended", values)
+        slurm.says("squeue")
+
+    ending = threading.Thread(target=end)
+    ending.start()
+    assert main(["stop", "12", "--wait"]) == 1  # one failed
+    ending.join()
+    assert capfd.readouterr().out.splitlines()[2:] == [
+        "sweep/a is stopped at step 40; there is no checkpoint",
+        "sweep/b is failed at step 40; there is no checkpoint",
+    ]
+    assert main(["stop", "sweep"]) == 0
+    assert capfd.readouterr().out == "none of the 4 runs of sweep is under way: nothing is to be stopped\n"
+
+
+def test_the_folder_of_all_runs_is_no_sweep(slurm: Fake, capfd: pytest.CaptureFixture[str]) -> None:
+    make("a", "7", step=40)
+    slurm.says("squeue", "7|RUNNING|N/A|N/A|n1|None\n")
+    assert main(["stop", "runs"]) == 2
+    assert capfd.readouterr() == ("", "error: runs holds all runs: name one, or a sweep, such as a\n")
+    assert slurm.calls("scancel") == []
+
+
 def test_a_job_that_is_gone_is_not_stopped(slurm: Fake, capfd: pytest.CaptureFixture[str]) -> None:
     record = make("a", "7", step=40)
     assert main(["stop", "a"]) == 0
-    assert capfd.readouterr().out == "a is lost already, at step 40: nothing is to be stopped\n"
+    assert capfd.readouterr().out == "a is cancelled already, at step 40: nothing is to be stopped\n"
     assert slurm.calls("scancel") == []
     assert not record.stop.exists()
 

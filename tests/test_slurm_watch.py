@@ -101,13 +101,13 @@ def test_a_job_that_waits_is_taken_out_and_one_that_has_begun_is_not(
     here.wait(lambda: states(capfd)["b"][0] == "starting")
     here.run("scancel", "--state=PENDING", begins)  # as `launch stop` does, if it began in the meantime
     assert main(["stop", waits]) == 0
-    here.wait(lambda: states(capfd)["a"] == ("stopped", "it was taken out of Slurm"))
+    here.wait(lambda: states(capfd)["a"] == ("stopped", "launch stop: it was taken out of Slurm's queue"))
     assert here.job(begins)["JobState"] == "RUNNING"
     here.run("scancel", begins)
 
 
 def test_a_job_id_that_is_gone(here: Cluster, capfd: pytest.CaptureFixture[str]) -> None:
     Record(Path("runs", "a")).add("submitted", {"job": "987654", "submission": "s"})
-    assert states(capfd)["a"] == ("lost", "job 987654 never began, and Slurm does not have it any more")
+    assert states(capfd)["a"] == ("cancelled", "before it began: Slurm does not have job 987654 any more")
     assert main(["stop", "987655"]) == 2
     assert "no run below runs knows a job 987655" in capfd.readouterr().err

@@ -33,7 +33,7 @@ def test_what_is_queued_is_not_trained_here_too(slurm: Fake, stand_in: Path, cap
     slurm.says("squeue", "12_0|PENDING|N/A|N/A||Priority\n")
     assert main([*WORDS], stand_in) == 0
     out, err = capfd.readouterr()
-    assert "| 1 | 0 |  |  |  | 1 running |" in out
+    assert "| 1 | 0 |  |  |  | 1 queued |" in out
     assert err.endswith("1 of 2 runs are queued or trained elsewhere: left alone\n")
     assert starts(Path("runs/s")) == {"lr=2,seed=0": 1}
     assert slurm.calls("squeue") == [slurm.calls("squeue")[0]] * 2  # before, and for the table
@@ -62,9 +62,9 @@ def sight(alive: bool | None) -> Sight:
 @pytest.mark.parametrize(
     ("seen", "slurm_says", "here", "expected"),
     [
-        (Seen([S]), Slurm({"7": Job("7", "PENDING")}, {}), True, "running"),
+        (Seen([S]), Slurm({"7": Job("7", "PENDING")}, {}), True, "queued"),
         (Seen([S, B], step=4), Slurm({"7": Job("7", "RUNNING")}, {}), True, "running"),
-        (Seen([S, B, AGAIN], step=4), Slurm({"7": Job("7", "PENDING")}, {}), True, "running"),
+        (Seen([S, B, AGAIN], step=4), Slurm({"7": Job("7", "PENDING")}, {}), True, "queued"),
         (Seen([S, B], step=4, summary=DONE), Slurm({"7": Job("7", "COMPLETING")}, {}), True, "running"),
         (Seen([S]), EMPTY, True, "unfinished"),
         (Seen([S, B, AGAIN], step=4), EMPTY, True, "unfinished"),
@@ -72,9 +72,9 @@ def sight(alive: bool | None) -> Sight:
         (Seen([S, B, OVER], step=4, summary=DONE), EMPTY, True, "finished"),
         (Seen([S, B, {**OVER, "code": 1}], step=4, summary=DONE), SILENT, True, "finished"),
         # A Slurm that does not answer may have it; none at all has not.
-        (Seen([S]), SILENT, True, "running"),
+        (Seen([S]), SILENT, True, "queued"),
         (Seen([S]), SILENT, False, "unfinished"),
-        (Seen([S, B, AGAIN], step=4), SILENT, True, "running"),
+        (Seen([S, B, AGAIN], step=4), SILENT, True, "queued"),
         (Seen([S, B, AGAIN], step=4), SILENT, False, "unfinished"),
         (Seen([S, B, OVER], step=4), SILENT, True, "unfinished"),
         (Seen([S, B, OVER], step=4, summary=DONE), SILENT, True, "finished"),
@@ -95,7 +95,7 @@ def test_how_far_a_run_with_jobs_is(
     monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/squeue" if here else None)
     view = View(Run("a", Record(tmp_path), seen, {}, {}, None, None), judge(seen, slurm_says), slurm_says, 0)
     assert _found(view, begun=True) == Found(expected, seen.summary or {})
-    assert _found(view, begun=False).state == ("running" if expected == "running" else "waiting")
+    assert _found(view, begun=False).state == (expected if expected in ("running", "queued") else "waiting")
 
 
 def test_the_table_needs_no_cluster(slurm: Fake, stand_in: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -31,7 +31,7 @@ begin() {
     export DISTRIB_BAD_HOSTS_FILE="$DISTRIB_REPORTS.bad_hosts"
     mkdir -p "$DISTRIB_REPORTS" "$DISTRIB_RANK_LOGS" || exit 1
     before=$(grep -F "\"job\": \"$job\"" "$own/events.jsonl" 2>/dev/null | tail -n 1)
-    event began "\"nodes\": $(quoted "$SLURM_JOB_NODELIST")"
+    event began "\"nodes\": $(quoted "$SLURM_JOB_NODELIST"), \"step\": $(newest_step)"
     if [ -e "$own/stop" ]; then  # it came between two starts
         ended 75 "launch stop" over
     fi

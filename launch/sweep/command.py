@@ -125,7 +125,7 @@ def main(argv: Sequence[str], train: Path = TRAIN) -> int:
         say("stopped; the same command goes on")
     elif names := [name for name, one in found.items() if one.state == Progress.FAILED]:
         say(f"error: {len(names)} of {len(found)} runs failed: {', '.join(names[:3])}{' …' if names[3:] else ''}")
-    elif others := counts[Progress.RUNNING]:
+    elif others := counts[Progress.RUNNING] + counts[Progress.QUEUED]:
         say(f"{others} of {len(found)} runs are queued or trained elsewhere: left alone")
     return code
 

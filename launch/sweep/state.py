@@ -5,7 +5,8 @@ state       what is seen
 ==========  ====================================================================================
 finished    the summary says so, of the last line of metrics.jsonl or later
 diverged    likewise: a result too, and nothing to train again
-running     somebody writes it now, or a job of it waits or runs: left alone
+queued      a job of it waits in Slurm's queue: left alone
+running     somebody writes it now, or a job of it runs: left alone
 unfinished  there is a configuration, and none of the above: goes on
 waiting     there is no configuration, and none of the above: not begun
 failed      unfinished, and this start of the sweep saw it end so
@@ -27,7 +28,7 @@ from distrib.follow import follow
 from distrib.layout import SPLITS, count_images
 from launch.paths import located
 from launch.runs import is_run
-from launch.state import DONE
+from launch.state import DONE, WAITS
 from launch.survey import View, survey
 from launch.sweep.plan import Element, settings_of
 
@@ -36,8 +37,8 @@ class Progress:
     """The states, as they stand in tables."""
 
     FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
-    RUNNING, UNFINISHED, WAITING = "running", "unfinished", "waiting"
-    ALL = (FINISHED, DIVERGED, FAILED, RUNNING, UNFINISHED, WAITING)
+    RUNNING, QUEUED, UNFINISHED, WAITING = "running", "queued", "unfinished", "waiting"
+    ALL = (FINISHED, DIVERGED, FAILED, RUNNING, QUEUED, UNFINISHED, WAITING)
 
 
 # Other values come to the same result: how often it is saved and told, where indexes lie, what the machine is like.
@@ -70,7 +71,7 @@ def look_at(elements: Sequence[Element]) -> dict[str, Found]:
 def _found(view: View | None, begun: bool) -> Found:
     summary = (view.run.seen.summary if view else None) or {}
     if view is not None and _is_busy(view):
-        return Found(Progress.RUNNING, summary)
+        return Found(Progress.QUEUED if view.state.name in WAITS else Progress.RUNNING, summary)
     if view is not None and begun and (status := view.run.seen.covered()) in DONE:
         return Found(status, summary)  # whatever its last job said: of these settings nothing is left to train
     return Found(Progress.UNFINISHED if begun else Progress.WAITING, summary)
