@@ -249,6 +249,11 @@ def test_what_ranks_say_becomes_json(script: Script) -> None:
     assert script.ended()["reason"] == 'rank 1: it\'s "C:\\new\\table" at $HOME `ls` %s *  é\ufffd'
 
 
+def test_the_killed_rank_is_named_before_those_that_lost_it(script: Script) -> None:
+    script.srun(1, script.says("0 1 connection reset by peer", "1 1 rank 1 was killed by SIGKILL"))
+    assert script.ended()["reason"] == "rank 1 was killed by SIGKILL"
+
+
 def test_launch_stop(script: Script) -> None:
     does = f'touch "$DISTRIB_RANK_LOGS/../stop"; {script.says("0 75", "1 75")}'
     assert script.srun(0, does) == 75

@@ -5,6 +5,7 @@ from __future__ import annotations
 from distrib.cli import load_config
 from distrib.config import Config, UserError
 from distrib.folder import FIXED, WAYS_OUT, RunFolder
+from launch.settings import differences
 
 
 def is_left(config: Config, fresh: bool, must_resume: bool) -> bool:
@@ -20,8 +21,6 @@ def is_left(config: Config, fresh: bool, must_resume: bool) -> bool:
     file = folder.path / "config.yaml"
     if fresh or not begun or not file.exists():
         return True
-    from launch.sweep.state import differences  # which imports this package
-
     changed = differences(config, load_config(file))
     for key, (before, now) in changed.items():
         if any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED):

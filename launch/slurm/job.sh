@@ -150,7 +150,8 @@ reason() {
         said=$(cat "$DISTRIB_REPORTS"/* 2>/dev/null | awk -v code="$1" '
             $1 ~ /^[0-9]+$/ && ($2 == code || (code == 1 && $2 == 4)) { rank = $1; $1 = $2 = ""
             sub(/^ +/, ""); if ($0 !~ /^rank /) $0 = "rank " rank ": " ($0 == "" ? "exit code " code : $0)
-            print; exit }')
+            if (first == "" || (/was killed/ && first !~ /was killed/)) first = $0 }  # the others fail because of it
+            END { if (first != "") print first }')
         bad=$(sed -n 1p "$DISTRIB_BAD_HOSTS_FILE" 2>/dev/null)
         printf '%s\n' "${bad:-${said:-a rank was killed, or its node was lost}}"
         ;;

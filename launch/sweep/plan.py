@@ -19,7 +19,7 @@ from pydantic import BaseModel
 
 from distrib.cli import load_config
 from distrib.config import Config, UserError
-from distrib.follow import flatten
+from launch.settings import settings_of
 from launch.sweep.values import Setting, read_settings
 
 MOST = 1000  # runs, without a word of consent
@@ -154,12 +154,6 @@ def _check_distinct(elements: Sequence[Element]) -> None:
             raise UserError(f"two runs would be called {element.name}: letters and digits must tell values apart")
         names.add(element.name)
         marks[mark] = element.name
-
-
-def settings_of(config: Config) -> dict[str, Any]:
-    """What decides about a run's result, by dotted key: no names, no W&B, nor how it is launched."""
-    flat = flatten(config.model_dump(mode="json", exclude={"wandb", "launch"}))
-    return {key: value for key, value in flat.items() if key not in ("run.name", "run.dir")}
 
 
 def show_value(config: Config, key: str, typed: str) -> str:

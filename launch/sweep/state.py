@@ -15,7 +15,6 @@ failed      unfinished, and this start of the sweep saw it end so
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -23,14 +22,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distrib.cli import load_config
-from distrib.config import Config, UserError
-from distrib.follow import follow
-from distrib.layout import SPLITS, count_images
-from launch.paths import located
+from distrib.config import UserError
 from launch.runs import is_run
+from launch.settings import differences
 from launch.state import DONE, WAITS
 from launch.survey import View, survey
-from launch.sweep.plan import Element, settings_of
+from launch.sweep.plan import Element
 
 
 class Progress:
@@ -39,13 +36,6 @@ class Progress:
     FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
     RUNNING, QUEUED, UNFINISHED, WAITING = "running", "queued", "unfinished", "waiting"
     ALL = (FINISHED, DIVERGED, FAILED, RUNNING, QUEUED, UNFINISHED, WAITING)
-
-
-# Other values come to the same result: how often it is saved and told, where indexes lie, what the machine is like.
-FREE = ("log.", "checkpoint.", "trace", "data.index_dir", "data.wait_minutes")
-MACHINE = (
-    "data.workers", "data.prefetch", "data.decoder", "data.hw_decoder_load", "data.preallocate", "train.compile",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -108,37 +98,6 @@ def _has_settings_of(element: Element) -> bool:
             "back, or give this sweep a --name of its own"
         )
     return True
-
-
-def differences(asked: Config, trained: Config) -> dict[str, tuple[Any, Any]]:
-    """The settings that decide about the result and differ, with their values in ``trained`` and in ``asked``.
-
-    What is auto in ``asked`` and does not follow from the configuration alone agrees with any value, and so does a
-    variable that is not set here. A batch that is larger than the images are became as many as there are.
-    """
-    # A job of Slurm's has absolute paths where a run on this machine has them as they were typed.
-    before, now = settings_of(located(trained)), settings_of(located(follow(asked)))
-    changed = {
-        key: (before.get(key), now.get(key))
-        for key in sorted(before | now)
-        if before.get(key) != now.get(key) and not _is_open(now.get(key)) and not key.startswith((*FREE, *MACHINE))
-    }
-    if "train.global_batch" in changed and _images(asked) == trained.train.global_batch:
-        del changed["train.global_batch"]
-        if trained.train.micro_batch == trained.train.global_batch:
-            changed.pop("train.micro_batch", None)
-    return changed
-
-
-def _is_open(value: Any) -> bool:
-    return value == "auto" or (isinstance(value, str) and "${" in value)
-
-
-def _images(config: Config) -> int | None:
-    """How many there are to train on, counted up to a batch."""
-    with contextlib.suppress(UserError):  # the data is not to be seen from here
-        return count_images(config.data, SPLITS[0], config.train.global_batch)
-    return None
 
 
 def _shown(value: Any) -> str:
