@@ -51,7 +51,7 @@ class _Over(Exception):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the workers to their end; returns 0 or 1, as torchrun does."""
+    """Runs the workers to their end; returns 0 or 1, as torchrun does, or -N where signal N came before any began."""
     # During the slow import nothing has begun: a signal may end us, without a KeyboardInterrupt's traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     # Where the nodes' rendezvous ends before us, torch's C++ code would warn with a stack. It asks as it is loaded.
@@ -72,10 +72,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         torchrun.run(args)
     except SignalException as error:
-        if not _begun:  # as during the import: who started us takes that for a stop
-            signal.signal(error.sigval, signal.SIG_DFL)
-            os.kill(os.getpid(), error.sigval)
-        return FAILED  # whether all is saved, the workers' reports say
+        return FAILED if _begun else -error.sigval  # whether all is saved, the workers' reports say
     except _Over:
         return FAILED
     except ChildFailedError as error:
@@ -178,4 +175,8 @@ def _reports() -> dict[int, Report]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    if code < 0:  # as during the import: who started us takes that for a stop
+        signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    sys.exit(code)
