@@ -25,7 +25,10 @@ from launch.preflight import build
 
 
 def two_nodes(folders: Sequence[Path], *words: str) -> list[subprocess.CompletedProcess[str]]:
-    """A program as the one rank of each of two "nodes"; ``{folder}`` in its words is the node's run folder."""
+    """A program as the one rank of each of two "nodes"; ``{folder}`` in its words is the node's run folder.
+
+    Its parent is the node's home: so the same words may mean another folder there.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -33,7 +36,10 @@ def two_nodes(folders: Sequence[Path], *words: str) -> list[subprocess.Completed
     common |= {"MASTER_PORT": port, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return together(
         [[word.format(folder=folder) for word in words] for folder in folders],
-        [{**common, "RANK": str(rank), "SLURMD_NODENAME": f"node{rank}"} for rank in range(2)],
+        [
+            {**common, "RANK": str(rank), "SLURMD_NODENAME": f"node{rank}", "HOME": str(folder.parent)}
+            for rank, folder in enumerate(folders)
+        ],
     )
 
 
@@ -62,7 +68,7 @@ def together(
 
 
 SYNTHETIC = ("data.loader=synthetic", "data.synthetic.train=60", "data.synthetic.val=10", "model.num_classes=10")
-TRAIN = ("train.py", *runs.SMALL, *SYNTHETIC, "train.steps=1", "run.dir={folder}")
+TRAIN = ("train.py", *runs.SMALL, *SYNTHETIC, "train.steps=1", "run.dir=~/run")
 
 
 def test_training_begins_with_it_on_two_nodes(tmp_path: Path) -> None:
@@ -75,13 +81,17 @@ def test_training_begins_with_it_on_two_nodes(tmp_path: Path) -> None:
 
 
 def test_training_does_not_begin_where_the_run_folder_is_not_shared(tmp_path: Path) -> None:
-    done = two_nodes([tmp_path / "run", tmp_path / "elsewhere"], *TRAIN)
+    for home in ("a", "b"):
+        (tmp_path / home).mkdir()
+    done = two_nodes([tmp_path / "a/run", tmp_path / "b/run"], *TRAIN)
     assert [one.returncode for one in done] == [2, 2], done
-    line = f"error: preflight: run.dir {tmp_path}/run is another folder for rank 1 on node1 than for rank 0 on node0: "
+    line = (
+        f"error: preflight: run.dir {tmp_path}/a/run is another folder for rank 1 on node1 than for rank 0 on node0: "
+    )
     assert done[0].stderr.startswith(line)
     assert done[0].stderr.count("\n") == 1
     assert done[1].stderr == ""
-    assert list(tmp_path.iterdir()) == []
+    assert not [*tmp_path.glob("*/run")]
 
 
 def test_training_does_not_begin_on_a_bad_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,8 +106,7 @@ def test_training_does_not_begin_on_a_bad_machine(tmp_path: Path, monkeypatch: p
 
 
 def test_one_process_may_ask_for_it(tmp_path: Path) -> None:
-    words = [word.format(folder=tmp_path / "run") for word in TRAIN]
-    (done,) = together([[*words, "launch.preflight=true"]], [{"CUDA_VISIBLE_DEVICES": ""}])
+    (done,) = together([[*TRAIN, "launch.preflight=true"]], [{"CUDA_VISIBLE_DEVICES": "", "HOME": str(tmp_path)}])
     assert done.returncode == 0, done
     assert re.match(r"preflight: 1 rank on 1 node: [\d.,]+ GiB free for the run \([\d.]+ s\)\n", done.stdout)
 
