@@ -177,6 +177,11 @@ def parse_start(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
+def start_words(args: argparse.Namespace) -> tuple[str, ...]:
+    """The options of ``add_settings`` that a launcher hands on to train.py, as it takes them."""
+    return (*(["--fresh"] if args.fresh else []), *(["--resume", "must"] if args.resume == "must" else []))
+
+
 def parse_args(argv: Sequence[str], prog: str = "train.py") -> argparse.Namespace:
     """``train.py``'s arguments, as ``parse_start`` reads them; ``overrides`` are the ``key=value`` words."""
     return parse_start(Parser(prog=prog, description="Train a ResNet. The same command again continues the run."), argv)

@@ -12,7 +12,7 @@ from distrib.cli import load_config
 from distrib.config import Config, UserError
 from distrib.entry import print_config
 from distrib.layout import SPLITS, count_images, look
-from distrib.options import Parser, parse_start, positive
+from distrib.options import Parser, parse_start, positive, start_words
 from distrib.surroundings import ForgivingStream, usable_cores
 from launch.child import run
 from launch.command import FINISHED, TRAIN, build_torchrun
@@ -46,8 +46,7 @@ def main(argv: Sequence[str], train: Path = TRAIN) -> int:
     rendezvous = read_rendezvous(args, config.run.name)
     world = args.procs * (rendezvous.nodes if rendezvous else 1)
     check_batch(config, world)
-    asked = [*(["--fresh"] if args.fresh else []), *(["--resume", "must"] if args.resume == "must" else [])]
-    words = [*asked, *args.overrides]
+    words = [*start_words(args), *args.overrides]
     command = build_torchrun(args.procs, args.config, words, os.environ, usable_cores(), train, rendezvous)
     if args.dry_run:  # perhaps on a machine that has not the data
         print(command)

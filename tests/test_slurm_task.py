@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.slurm.task import Task, find_rendezvous
+from launch.slurm.task import Task, slurm_rendezvous
 
 RUN = """
 import sys
@@ -34,7 +34,7 @@ def begin(script: Path, form: str, nodes: int, environ: dict[str, str], reposito
 
 
 def test_stopped_while_it_waits_for_other_nodes(tmp_path: Path, environ: dict[str, str], repository: Path) -> None:
-    port = find_rendezvous(environ, 2, 0).port
+    port = slurm_rendezvous(environ, 2, 0).port
     process = begin(tmp_path / "none.py", "node", 2, environ, repository)
     deadline = time.monotonic() + 120
     while True:  # until its torchrun keeps the meeting
@@ -83,7 +83,7 @@ def test_meetings_are_of_one_start_of_one_job(environ: dict[str, str]) -> None:
     words = task.command(environ, cores=8).argv
     assert "--max-restarts=2" in words
     changes = [{}, {"SLURM_RESTART_COUNT": "1"}, {"SLURM_JOB_ID": "8"}, {"DISTRIB_SUBMISSION": "/another"}]
-    ports = {find_rendezvous(environ | change, 2, 0).port for change in changes}
+    ports = {slurm_rendezvous(environ | change, 2, 0).port for change in changes}
     assert len(ports) == 4
     assert all(20000 <= port < 30000 for port in ports)
     assert task.command({**environ, "SLURM_JOB_NODELIST": "n[07-09]"}, 8).env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "600"

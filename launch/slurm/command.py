@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from distrib.cli import load_config
 from distrib.config import Config, UserError
 from distrib.entry import print_config
+from distrib.options import start_words
 from launch import local
 from launch.command import FINISHED, TRAIN, USER_ERROR
 from launch.paths import located
@@ -45,11 +46,10 @@ def main(argv: Sequence[str], train: Path = TRAIN) -> int:
         need_slurm()
     request = fitted(request)
     local.check_batch(config, request.world)
-    words = (*(["--fresh"] if args.fresh else []), *(["--resume", "must"] if args.resume == "must" else []))
 
     from launch.slurm.submit import Element, prepare, submit  # submitit takes 0.1 s, which mistakes need not wait for
 
-    element = Element(config, words)
+    element = Element(config, start_words(args))
     if args.dry_run:
         submission = prepare([element], request, element.record, config.run.name, None, copy=False)
         show(submission)
@@ -62,15 +62,9 @@ def main(argv: Sequence[str], train: Path = TRAIN) -> int:
     check_writable(element.record)
     check_alone(element.record)
     (job,) = submit([element], request, element.record, config.run.name)
-    print(f"job {job}: {config.run.name}, {size(request)}; run folder: {config.run.dir}")
+    print(f"job {job}: {config.run.name}, {request}; run folder: {config.run.dir}")
     print(f"  python -m launch status {config.run.dir}\n  python -m launch logs -f {config.run.dir}", flush=True)
     return follow(element.record) if args.follow else FINISHED
-
-
-def size(request: Request) -> str:
-    """How large a job is, for a person."""
-    nodes, ranks = request.nodes, request.procs
-    return f"{nodes} node{'s' * (nodes > 1)} × {ranks} rank{'s' * (ranks > 1)}"
 
 
 def fitted(request: Request) -> Request:

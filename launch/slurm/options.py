@@ -79,6 +79,10 @@ class Request:
         """Ranks of the run."""
         return self.nodes * self.procs
 
+    def __str__(self) -> str:
+        nodes, ranks = self.nodes, self.procs
+        return f"{nodes} node{'s' * (nodes > 1)} × {ranks} rank{'s' * (ranks > 1)}"
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options that say what kind of job is wanted."""

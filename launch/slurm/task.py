@@ -41,7 +41,7 @@ class Task:
         if self.form == "gpu":  # train.py finds its place by Slurm's variables
             threads = {} if "OMP_NUM_THREADS" in environ else {"OMP_NUM_THREADS": str(max(1, cores))}
             return Command((sys.executable, self.train, "--config", config, *words), threads)
-        rendezvous = find_rendezvous(environ, self.nodes, self.restarts)
+        rendezvous = slurm_rendezvous(environ, self.nodes, self.restarts)
         made = build_torchrun(self.procs, config, words, environ, cores, Path(self.train), rendezvous, self.numa)
         return made.through_agent()
 
@@ -84,7 +84,7 @@ def _report(file: Path | None, rank: str, code: int, message: str) -> None:
             stream.write(f"{rank} {code} {message}\n")
 
 
-def find_rendezvous(environ: Mapping[str, str], nodes: int, restarts: int) -> Rendezvous:
+def slurm_rendezvous(environ: Mapping[str, str], nodes: int, restarts: int) -> Rendezvous:
     """Where this node's torchrun meets those of the others, from Slurm's variables.
 
     The port and the name are of one start of one job: several may share a node, and a requeued one may come back

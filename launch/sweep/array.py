@@ -57,5 +57,5 @@ class SlurmArray:
         base = Record(sweep.folder)
         jobs = submit(runs, self.request, base, sweep.name, self._at_most)
         array = jobs[0].partition("_")[0]
-        say(f"job {array}: {len(jobs)} runs, {self.request.nodes} nodes × {self.request.procs} ranks each")
+        say(f"job {array}: {len(jobs)} runs, {self.request} each")
         say(f"  python -m launch list {sweep.folder}\n  the same command with --table makes the table")
