@@ -367,13 +367,20 @@ def test_procs_is_a_positive_number(procs: str, capfd: pytest.CaptureFixture[str
     assert "not a whole number of 1 or more" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("words", [[], ["locale"], ["--procs", "2"]])
-def test_without_a_sub_command(words: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "usage: python -m launch"),
+        (["--procs", "2"], "usage: python -m launch"),
+        (["locale"], "error: there is no command locale; did you mean local?\n"),
+    ],
+)
+def test_without_a_sub_command(words: list[str], told: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "launch", *words], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == USER_ERROR
-    assert done.stderr.startswith("usage: python -m launch")
+    assert done.stderr.startswith(told)
     assert "Traceback" not in done.stderr
 
 
