@@ -1,7 +1,8 @@
 """Settings that follow from others, the data or the machine: what ``auto`` means, as pure functions.
 
 A key that says auto is settled once, as soon as what it follows from is known, and is written down so: the run's folder
-holds the value. Workers and decoder stay auto there, as each machine has its own, and so does the look for a val/.
+holds the value. Workers and decoder stay auto there, as each machine has its own, and so do the look for a val/ and the
+preflight, which follows from each start's number of nodes.
 """
 
 from __future__ import annotations

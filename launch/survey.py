@@ -95,10 +95,11 @@ def survey(
         UserError: a folder cannot be read.
     """
     tell = notify or (lambda line: print(f"note: {line}", file=sys.stderr))
-    clock, runs = Clock(), []
+    clock, runs, places = Clock(), [], []
     for folder in folders:
         try:
             runs.append(read(folder, clock))
+            places.append(folder)
         except UserError as error:
             if not skip:
                 raise
@@ -115,7 +116,17 @@ def survey(
         past.append(submitted[-1])
         past += submitted[:-1] if all_ends else []
     slurm = look_up(jobs, past, tell, every_start=all_ends)
+    # Their script may have said how they ended since the first look.
+    runs = [read(folder, clock) if _gone(run, slurm) else run for folder, run in zip(places, runs, strict=True)]
     return [View(run, judge(run.seen, slurm), slurm, _restarts(run)) for run in runs]
+
+
+def _gone(run: Run, slurm: Slurm) -> bool:
+    """Whether the run's job has left Slurm's queue, and nothing said so when the folder was read."""
+    jobs = run.seen.jobs()
+    if not jobs or slurm.queue is None or jobs[-1] in slurm.queue:
+        return False
+    return (run.seen.end(jobs[-1]) or {}).get("then") != "over"
 
 
 def _restarts(run: Run) -> int:

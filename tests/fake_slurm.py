@@ -41,9 +41,12 @@ class Fake:
     def then(self, name: str, other: str, out: str) -> None:
         """What ``other`` prints once ``name`` has been called."""
         (self._folder / f"{name}.then").write_text(out)
+        self.does(name, f'cp "{self._folder / name}.then" "{self._folder / other}.out"')
+
+    def does(self, name: str, line: str) -> None:
+        """A line of shell that a command runs before it prints."""
         path = self._folder / name
-        line = f'cp "{path}.then" "{self._folder / other}.out"\n'
-        path.write_text(path.read_text().replace("cat ", f"{line}cat ", 1))
+        path.write_text(path.read_text().replace("cat ", f"{line}\ncat ", 1))
 
     def calls(self, name: str) -> list[str]:
         path = self._folder / f"{name}.calls"

@@ -140,4 +140,5 @@ def test_what_is_settled_is_read_back(tmp_path: Path) -> None:
     settled = follow(load(tmp_path, "ema=true", "train.micro_batch=64"), classes=4, images=60, gpu=False)
     assert load(tmp_path, text=dump_config(settled)) == settled
     left = {key for key, value in flatten(settled.model_dump()).items() if value == "auto"}
-    assert left == {"data.val_split", "data.workers", "data.decoder"}  # the data's and the machine's own, each time
+    # The data's, the machine's and the job's own, each time.
+    assert left == {"data.val_split", "data.workers", "data.decoder", "launch.preflight"}

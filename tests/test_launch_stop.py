@@ -337,6 +337,18 @@ def test_the_folder_of_all_runs_is_no_sweep(slurm: Fake, capfd: pytest.CaptureFi
     assert slurm.calls("scancel") == []
 
 
+def test_a_job_that_ends_between_two_looks(slurm: Fake, capfd: pytest.CaptureFixture[str]) -> None:
+    record = make("a", "12", step=40)
+    record.add("began", {"job": "12", "restart": 0, "nodes": "n1"})
+    events = record.path / "events.jsonl"
+    until_now = events.read_text()
+    record.add("ended", {"job": "12", "restart": 0, "code": 75, "step": 40, "reason": "", "then": "over"})
+    after = events.rename(record.run / "after.jsonl")
+    events.write_text(until_now)
+    slurm.does("squeue", f'cp "{after.absolute()}" "{events.absolute()}"')
+    assert state_of(record.run, capfd)["state"] == "stopped"
+
+
 def test_a_job_that_is_gone_is_not_stopped(slurm: Fake, capfd: pytest.CaptureFixture[str]) -> None:
     record = make("a", "7", step=40)
     assert main(["stop", "a"]) == 0

@@ -37,7 +37,7 @@ rows = [{"kind": "train", "step": s, "epoch": s + seed / 9, "loss": 1.0, "top1":
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
-    """The processes that ``jobs`` starts."""
+    """The processes that are started."""
     made: list[subprocess.Popen[bytes]] = []
     popen = subprocess.Popen
 
@@ -45,7 +45,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
         made.append(popen(*args, **options))
         return made[-1]
 
-    monkeypatch.setattr(jobs.subprocess, "Popen", start)
+    monkeypatch.setattr(subprocess, "Popen", start)
     return made
 
 
