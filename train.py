@@ -146,14 +146,16 @@ class Run:
             if progress.step % config.log.every_steps == 0:
                 self.log_records(meter.close_interval(progress.step, lr))
 
-            stopping, save = agreement.exchange(stop=STOP.requested(), save=timer.due)
+            overdue = self.checkpointer is not None and self.checkpointer.overdue
+            stopping, save = agreement.exchange(stop=STOP.requested(), save=timer.due or overdue)
             if self.eval_due() and not stopping:
                 self.log_records(meter.flush(progress.step, lr))
                 stopping = not self.evaluate(agreement)
                 save = save or progress.best_step == progress.step
                 meter.resume()
             if save or stopping or self.saved_after(progress.step):
-                self.flush_and_save(meter, lr)
+                self.flush_and_save(meter, lr, last=stopping or progress.step == self.total_steps)
+                agreement.answer()
                 timer.restart()
 
         agreement.close()
@@ -216,22 +218,25 @@ class Run:
                 f"not save; {same_command()} continues from the newest checkpoint"
             )
         if self.unsaved:
-            self.flush_and_save(meter, lr)
+            self.flush_and_save(meter, lr, last=True)
         return True
 
-    def flush_and_save(self, meter: TrainMeter, lr: float) -> None:
+    def flush_and_save(self, meter: TrainMeter, lr: float, last: bool) -> None:
         """Begins a save, having logged what a restart from it will not measure again. All ranks must call it."""
         self.log_records(meter.flush(self.progress.step, lr))
         self.progress.seconds = meter.seconds
-        self.save()
+        self.save(last)
 
-    def save(self) -> None:
-        """Begins a save. All ranks must call it: their batch-norm statistics are averaged, and gathered on rank 0."""
+    def save(self, last: bool = False) -> None:
+        """Begins a save. All ranks must call it: their batch-norm statistics are averaged, and gathered on rank 0.
+
+        While rank 0 still writes, it passes over what is not the ``last`` of this start, and asks for it later.
+        """
         state = self.state.capture()
         if self.checkpointer is not None:
             config = self.config.model_dump(mode="json")
             header = {"progress": asdict(self.progress), "config": config, "data": self.data, "classes": self.classes}
-            self.checkpointer.save({**header, **state}, self.progress.step, self.progress.best_step)
+            self.checkpointer.save({**header, **state}, self.progress.step, self.progress.best_step, last)
 
     def log_records(self, records: Sequence[dict[str, object]]) -> None:
         """Logs what is ready, and warns at the first loss that is no number."""

@@ -15,9 +15,9 @@ import secrets
 import shutil
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Protocol, cast
 
 import torch
 
@@ -30,6 +30,7 @@ TEMPORARY = ".partial"
 PROBE = 1 << 16  # bytes that are really written to see whether the disk takes any: an empty file fits a full one
 LABEL = b"crc32 "  # begins the archive's comment; eight hexadecimal digits follow and end the file
 DIGITS = 8
+SILENCE = 10.0  # seconds of a wait for the disk before it is worth a line; then twice as long, and so on
 
 
 def path_for(folder: Path, step: int) -> Path:
@@ -42,6 +43,12 @@ def steps_in(folder: Path) -> list[int]:
     if not folder.is_dir():
         return []
     return sorted((int(m[1]) for name in os.listdir(folder) if (m := PATTERN.match(name))), reverse=True)
+
+
+def superseded(steps: Iterable[int], newest: int, keep: int, best: int | None) -> list[int]:
+    """Which of ``steps`` are not kept when ``newest`` has been saved: the last ``keep`` are, and ``best``."""
+    older = sorted((step for step in steps if step < newest), reverse=True)
+    return [step for step in older[keep - 1 :] if step != best]
 
 
 def verify(path: Path) -> str | None:
@@ -123,8 +130,21 @@ def check_room(folder: Path, needed: int = 0) -> None:
         )
 
 
+class SecondPlace(Protocol):
+    """Where committed files are copied to; it waits for nothing and raises nothing."""
+
+    def offer(self, path: Path, step: int, best: int | None) -> None:
+        """Takes note of a committed file; ``best``: the step whose file is kept besides the newest."""
+
+    def reads(self, step: int) -> bool:
+        """Whether the file of ``step`` is still needed here."""
+
+
 class Checkpointer:
     """Saves into one folder. Only the rank that writes makes one; ``save`` returns after the copy to host memory.
+
+    The training never waits for a slow disk: what falls due while a file is being written is passed over, told once,
+    and ``overdue`` says when it can be made up for. Only the copy of the best waits its turn, one at most.
 
     ``writer`` is unique to this start and part of the temporary files' names, so that nothing of two writers is ever
     mixed; ``owned`` says before each commit whether the folder is still ours. A save that fails (a full disk) is
@@ -139,6 +159,7 @@ class Checkpointer:
         writer: str = "",
         owned: Callable[[], bool] = lambda: True,
         needed: int = 0,
+        second: SecondPlace | None = None,
     ) -> None:
         """``needed``: bytes of one checkpoint, about.
 
@@ -147,19 +168,43 @@ class Checkpointer:
         """
         self._folder, self._keep, self._notify = folder, keep, notify
         self._writer, self._owned = writer, owned
+        self._second = second
         self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()  # of the next two
+        self._next: tuple[int, Callable[[], None]] | None = None
+        self._writing: int | None = None  # which step
+        self._owed = False  # a save was passed over, and none was begun since
+        self._told = False  # that saves are passed over, until one begins when it is due
         self._saved: int | None = None  # the newest step that is on disk by this object's doing
         check_room(folder, needed)
         for left in folder.glob(f"*{TEMPORARY}"):  # a save that was killed
             with contextlib.suppress(OSError):
                 left.unlink()
 
-    def save(self, state: dict[str, Any], step: int, best: int | None) -> None:
+    @property
+    def overdue(self) -> bool:
+        """Whether a save that was passed over can be made now."""
+        return self._owed and self._writing is None
+
+    def save(self, state: dict[str, Any], step: int, best: int | None, last: bool = False) -> bool:
         """Takes a copy of ``state`` and writes it in the background; keeps the last ``keep`` files and step ``best``.
 
-        Waits first where the previous save is still being written: two at a time would only slow each other.
+        Returns whether it did: not where another is still being written. If this is the best it is copied all the same,
+        and written next; if it is the ``last`` of a start, the others are waited for.
         """
-        self.wait()
+        if last:
+            self.wait()
+        writing = self._writing
+        if writing is not None and step != best:
+            if not self._told:
+                self._notify(
+                    f"{self._folder} is slow: step {writing} is still being written, so the save of step {step} is "
+                    "passed over, and made up for as soon as that is done"
+                )
+            self._owed = self._told = True
+            return False
+        self._told = self._owed and self._told  # what is made up for is no sign that the disk keeps up
+        self._owed = False
         snapshot = _to_host(state)
         copied = torch.cuda.Event() if torch.cuda.is_available() else None
         if copied is not None:
@@ -172,8 +217,8 @@ class Checkpointer:
             try:
                 commit(snapshot, path, self._writer, self._owned)
                 self._saved = step
-            except (OSError, RuntimeError) as error:
-                told = error.strerror if isinstance(error, OSError) else str(error)
+            except Exception as error:  # whatever it is: it must not cost the saves to come
+                told = str((isinstance(error, OSError) and error.strerror) or error)
                 reason = told.splitlines()[0] if told else type(error).__name__
                 self._notify(f"checkpoint {path} was not saved: {reason}; the run and older checkpoints go on")
                 return
@@ -181,22 +226,53 @@ class Checkpointer:
                 self._link(LAST, step)
                 if best is not None:
                     self._link(BEST, best)
+                if self._second is not None:
+                    self._second.offer(path, step, best)
                 self._retire(step, best)
 
-        self._thread = threading.Thread(target=write, name="checkpoint", daemon=False)
-        self._thread.start()
+        with self._lock:
+            self._next = step, write  # in the place of a best that is none any more
+            if self._writing is None:
+                self._writing = step
+                self._thread = threading.Thread(target=self._work, name="checkpoint", daemon=False)
+                self._thread.start()
+        return True
 
     def wait(self) -> int | None:
-        """Waits for the save under way; returns the newest step that this object has saved."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        """Waits for the saves under way, telling so after a while; returns the newest step that this object has saved.
+
+        A signal's handler runs meanwhile.
+        """
+        patience = SILENCE
+        while self._thread is not None:
+            self._thread.join(patience)
+            if not self._thread.is_alive():
+                self._thread = None
+            elif (writing := self._writing) is not None:
+                partial = self._partial(path_for(self._folder, writing).name)
+                with contextlib.suppress(OSError):
+                    written = partial.stat().st_size
+                    self._notify(f"waiting for {self._folder}: {written / 1e6:.0f} MB of step {writing} are written")
+                patience *= 2
         return self._saved
+
+    def _work(self) -> None:
+        """Writes what there is to write, and ends."""
+        while True:
+            with self._lock:
+                due, self._next = self._next, None
+                self._writing = None if due is None else due[0]
+            if due is None:
+                return
+            due[1]()
+
+    def _partial(self, name: str) -> Path:
+        return self._folder / f"{name}.{self._writer}{TEMPORARY}"
 
     def _link(self, name: str, step: int) -> None:
         """Points ``name`` at a checkpoint, where the disk knows symbolic links; at none, if that could not be saved."""
         target, link = path_for(self._folder, step), self._folder / name
-        partial = self._folder / f"{name}.{self._writer}{TEMPORARY}"
+        partial = self._partial(name)
         with contextlib.suppress(OSError):
             if not target.exists():
                 link.unlink(missing_ok=True)
@@ -205,11 +281,12 @@ class Checkpointer:
                 os.replace(partial, link)
 
     def _retire(self, newest: int, best: int | None) -> None:
-        older = [step for step in steps_in(self._folder) if step < newest]
-        for step in older[self._keep - 1 :]:
-            if step != best:
-                with contextlib.suppress(OSError):  # it stays for the next time
-                    path_for(self._folder, step).unlink()
+        with contextlib.suppress(OSError):
+            there = steps_in(self._folder)
+            for step in superseded(there, newest, self._keep, best):
+                if self._second is None or not self._second.reads(step):
+                    with contextlib.suppress(OSError):  # it stays for the next time
+                        path_for(self._folder, step).unlink()
 
 
 def commit(state: dict[str, Any], path: Path, writer: str = "", owned: Callable[[], bool] = lambda: True) -> None:

@@ -143,6 +143,7 @@ class Agreement:
         self.every = every or exchange_interval(1 if group is None else group.size())
         self._calls = 0
         self._stop = False
+        self._answered = False  # a save was begun since the flags under way were posted
         # Once in a step Python's and torch's code is cold in the caches: a new tensor took 200 µs of the call's 420,
         # torch's own all_reduce around the group's 100 (two ranks, 30 ms apart, a Xeon that others used, 2026-11-27).
         self._flags = np.zeros(2, dtype=np.int32)
@@ -154,8 +155,8 @@ class Agreement:
     def exchange(self, *, stop: bool, save: bool = False) -> tuple[bool, bool]:
         """Returns (stop, save): whether any rank asked for it.
 
-        A stop is remembered until it is posted. A save is asked for as long as it is due: one that was made meanwhile,
-        for another reason, answers it.
+        A stop is remembered until it is posted. A save is asked for as long as it is due; one that was made meanwhile,
+        for another reason, answers it (``answer``).
         """
         if self._group is None:
             return stop, save
@@ -165,10 +166,15 @@ class Agreement:
             return False, False
         self.close()
         agreed_stop, agreed_save = self._flags.tolist()
+        agreed_save, self._answered = agreed_save and not self._answered, False
         # Who asks for a save cannot know yet that this call answers it: two saves would follow each other.
         self._flags[:] = self._stop, save and not agreed_save
         self._work = self._group.allreduce([self._tensor], self._options)
         return bool(agreed_stop), bool(agreed_save)
+
+    def answer(self) -> None:
+        """A save was begun: who asked for one before has it. All ranks must call it after the same ``exchange``."""
+        self._answered = True
 
     def close(self) -> None:
         """Waits for the exchange that is under way, so that no rank leaves while another still needs it."""

@@ -197,10 +197,12 @@ def test_later_changes_do_not_show(checkpointer: Checkpointer, tmp_path: Path, g
     assert_same(load(path_for(tmp_path, 1)), make_state(1))
 
 
-def test_a_save_waits_for_the_one_before(checkpointer: Checkpointer, tmp_path: Path, gate: threading.Event) -> None:
+def test_the_last_save_waits_for_the_one_before(
+    checkpointer: Checkpointer, tmp_path: Path, gate: threading.Event
+) -> None:
     checkpointer.save(make_state(1), step=1, best=None)
     threading.Timer(0.1, gate.set).start()
-    checkpointer.save(make_state(2), step=2, best=None)
+    checkpointer.save(make_state(2), step=2, best=None, last=True)
     assert path_for(tmp_path, 1).exists()
     assert checkpointer.wait() == 2
 
@@ -244,7 +246,7 @@ def test_a_failing_save_is_told_and_harms_nothing(
 ) -> None:
     for step in (1, 2, 3):
         checkpointer.save(make_state(step), step, best=None)
-    assert checkpointer.wait() == 3
+        assert checkpointer.wait() == step
     before = files(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(*where, what)
@@ -446,7 +448,7 @@ def test_the_newest_whole_one_is_taken_and_the_others_are_named(tmp_path: Path, 
 def test_the_last_ones_and_the_best_are_kept(tmp_path: Path, keep: int, best: int | None, left: list[int]) -> None:
     checkpointer = Checkpointer(tmp_path, keep, notify=fail(AssertionError()))
     for step in (10, 20, 30, 40, 50, 60):
-        checkpointer.save({"step": step}, step, best if best is not None and best <= step else None)
+        checkpointer.save({"step": step}, step, best if best is not None and best <= step else None, last=True)
     checkpointer.wait()
     assert steps_in(tmp_path) == left
 
@@ -454,7 +456,7 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path: Path, keep: int, best: in
 def test_the_best_of_before_goes_when_there_is_a_better_one(tmp_path: Path) -> None:
     checkpointer = Checkpointer(tmp_path, keep=2, notify=fail(AssertionError()))
     for step, best in ((1, 1), (2, 1), (3, 1), (4, 4), (5, 4), (6, 4), (7, 4)):
-        checkpointer.save({}, step, best)
+        checkpointer.save({}, step, best, last=True)
     checkpointer.wait()
     assert steps_in(tmp_path) == [7, 6, 4]
 

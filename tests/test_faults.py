@@ -95,6 +95,14 @@ def on_rank(runtime: Runtime) -> dict[str, Any]:
                 due = False
         agreement.close()
         found["saves"][every] = saved
+        # Asked for at call 0, and made for another reason before the ranks hear of it; asked for once more later.
+        agreement, heard = Agreement(runtime.control, every), []
+        for call in range(CALLS):
+            heard += [call] if agreement.exchange(stop=False, save=call in (0, 2 * every))[1] else []
+            if call == every - 1:
+                agreement.answer()
+        agreement.close()
+        found.setdefault("answered", {})[every] = heard
     # A save that was due, and made for another reason before the ranks had heard of it.
     found["withdrawn"] = exchanges(runtime, EVERY, {"save": range(1, EVERY)}, last)
     return found
@@ -128,6 +136,11 @@ def test_what_nobody_asked_for_nobody_sees(ranks: list[dict[str, Any]]) -> None:
 def test_a_save_that_is_due_is_made_once(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert rank["saves"] == {1: [2], EVERY: [2 * EVERY]}
+
+
+def test_a_save_that_was_made_meanwhile_is_not_made_again(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["answered"] == {1: [3], EVERY: [3 * EVERY]}
 
 
 # The real train.py, with an exchange at every fourth step
