@@ -63,10 +63,12 @@ from distrib.layout import SYNTHETIC_CLASSES
 from distrib.lease import Lease
 from distrib.log import ConsoleSink, JsonlSink, Log, WandbSink, new_run_id
 from distrib.metrics import SaveTimer, Trace, TrainMeter
+from distrib.mirror import Mirror, newest_of_both
 from distrib.models import build_model
 from distrib.optim import Ema, build_optimizer, build_schedule, freeze, peak_lr
 from distrib.preflight import is_wanted, preflight
 from distrib.runtime import Runtime, leave, start
+from distrib.store import open_store
 from distrib.weights import checksum, load_weights
 
 Found = tuple[Path, dict[str, Any]]  # a checkpoint's file and what it holds
@@ -161,7 +163,14 @@ class Run:
         agreement.close()
         if trace is not None:
             trace.close()
-        return self.runtime.on_main(lambda: self.conclude(stopping, meter.images_per_second))
+        code = self.runtime.on_main(lambda: self.conclude(stopping, meter.images_per_second))
+        self.runtime.on_main(self.copied)
+        return code
+
+    def copied(self) -> None:
+        """Waits until the second place has the last save, too, or takes nothing any more. Rank 0 only."""
+        assert self.checkpointer is not None
+        self.checkpointer.close()
 
     def close(self, code: int) -> None:
         """Waits for the save under way, whose failure the log must still hear of, and closes the log."""
@@ -314,6 +323,7 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
     runtime = start(asked.place, STOP, config.data.wait_minutes)
     runtime.on_each(lambda: check_network(config))
     check_alike(config, runtime)
+    store = runtime.on_main_only(lambda: open_store(config.checkpoint.mirror))
     device, precision = runtime.device, effective_precision(config.train.precision, runtime.device)
     set_up_device(device, precision, config.train.deterministic)
     say = partial(print, file=sys.stdout if runtime.is_main else sys.stderr, flush=True)
@@ -356,10 +366,13 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
     lease = runtime.on_main_only(lambda: make_lease().acquire(say, STOP.requested))
     if lease is not None:
         leaving.callback(lease.release)
-    fresh = asked.fresh and not runtime.on_main(lambda: folder.is_begun_by(asked.job))
+    mirror = Mirror(store, config, warn, log.message) if store is not None else None  # on the rank that writes
+    fresh = asked.fresh and not runtime.on_main(
+        lambda: folder.is_begun_by(asked.job) or (mirror is not None and mirror.is_begun_by(asked.job))
+    )
     if asked.fresh and not fresh:
         log.message(f"--fresh: {asked.job} began this run already, so it goes on")
-    found = None if fresh else find_checkpoint(runtime, folder, asked.must_resume, log)
+    found = None if fresh else find_checkpoint(runtime, folder, mirror, asked.must_resume, log)
     if found is not None:
         config = keep(asked.config, config, found[1])
     progress = find_progress(found, config, data, total_steps, log)
@@ -387,7 +400,10 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
     )
 
     # What the user may have got wrong has been looked at: from here on the run folder is written to.
-    checkpointer = runtime.on_main_only(lambda: open_folder(folder, lease, config, progress.step, state_bytes, warn))
+    open_here = partial(open_folder, folder, lease, mirror, config, progress.step, state_bytes, warn)
+    checkpointer = runtime.on_main_only(open_here)
+    if mirror is not None:
+        mirror.begin(progress.wandb_id, asked.job, folder.checkpoints, progress.best_step)
     lr, parameters = peak_lr(config.optim, plan.global_batch), sum(p.numel() for p in network.parameters())
     if console is not None and lease is not None:
         values, batch = config.model_dump(mode="json"), plan.global_batch
@@ -468,13 +484,13 @@ def check_network(config: Config) -> None:
         freeze(network, config.optim.freeze)
 
 
-def find_checkpoint(runtime: Runtime, folder: RunFolder, needed: bool, log: Log) -> Found | None:
-    """The newest valid checkpoint and what it holds.
+def find_checkpoint(runtime: Runtime, folder: RunFolder, mirror: Mirror | None, needed: bool, log: Log) -> Found | None:
+    """The newest valid checkpoint, of the folder or its mirror, and what it holds.
 
     Raises:
         UserError: it cannot be read or is none of this trainer's, or there is none and one is ``needed``.
     """
-    newest = runtime.on_main(lambda: checkpoint.newest_valid(folder.checkpoints, log.warning))
+    newest = runtime.on_main(lambda: newest_of_both(mirror, folder.checkpoints, log.warning))
     if newest is not None:
         return newest, runtime.on_each(lambda: check_checkpoint(checkpoint.load(newest), newest))
     if needed:
@@ -502,7 +518,13 @@ def find_progress(found: Found | None, config: Config, data: str, total_steps: i
 
 
 def open_folder(
-    folder: RunFolder, lease: Lease | None, config: Config, step: int, state_bytes: int, warn: Callable[[str], None]
+    folder: RunFolder,
+    lease: Lease | None,
+    mirror: Mirror | None,
+    config: Config,
+    step: int,
+    state_bytes: int,
+    warn: Callable[[str], None],
 ) -> Checkpointer:
     """Makes the run folder ready to go on from ``step``. Rank 0 only.
 
@@ -510,7 +532,8 @@ def open_folder(
         UserError: it cannot be written.
     """
     assert lease is not None
-    made = Checkpointer(folder.checkpoints, config.checkpoint.keep, warn, lease.token, lease.held, state_bytes)
+    keep = config.checkpoint.keep
+    made = Checkpointer(folder.checkpoints, keep, warn, lease.token, lease.held, state_bytes, mirror)
     folder.write_config(config)
     try:
         for file in (folder.metrics, *folder.trace.glob("*.jsonl")):

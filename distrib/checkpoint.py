@@ -131,13 +131,16 @@ def check_room(folder: Path, needed: int = 0) -> None:
 
 
 class SecondPlace(Protocol):
-    """Where committed files are copied to; it waits for nothing and raises nothing."""
+    """Where committed files are copied to, by a thread of its own: only ``wait`` takes time, and nothing raises."""
 
     def offer(self, path: Path, step: int, best: int | None) -> None:
         """Takes note of a committed file; ``best``: the step whose file is kept besides the newest."""
 
     def reads(self, step: int) -> bool:
         """Whether the file of ``step`` is still needed here."""
+
+    def wait(self) -> None:
+        """Waits for what is under way, as long as there is hope."""
 
 
 class Checkpointer:
@@ -255,6 +258,12 @@ class Checkpointer:
                     self._notify(f"waiting for {self._folder}: {written / 1e6:.0f} MB of step {writing} are written")
                 patience *= 2
         return self._saved
+
+    def close(self) -> None:
+        """Waits for the saves under way, and for the second place, while that takes anything."""
+        self.wait()
+        if self._second is not None:
+            self._second.wait()
 
     def _work(self) -> None:
         """Writes what there is to write, and ends."""

@@ -282,6 +282,8 @@ class CheckpointConfig(Part):
     """Save after so many minutes."""
     keep: PositiveInt = 3
     """Checkpoints to keep, besides the best."""
+    mirror: Text | None = None
+    """A second place to copy each one to: a folder, or a URL that fsspec opens (s3://bucket/…)."""
 
 
 class LaunchConfig(Part):

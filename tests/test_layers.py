@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # fmt: off
 LAYERS = (
     ("train", "distrib.tools", "distrib.__main__"),
-    ("distrib.trained",),
+    ("distrib.trained", "distrib.mirror"),
     (
         "distrib.alike",
         "distrib.engine",
@@ -28,7 +28,7 @@ LAYERS = (
     ),
     ("distrib.data", "distrib.models", "distrib.optim", "distrib.augment"),
     ("distrib.runtime", "distrib.entry", "distrib.program"),
-    ("distrib.lease",),
+    ("distrib.lease", "distrib.store"),
     ("distrib.faults", "distrib.jsonl", "distrib.jobs"),
     ("distrib.layout", "distrib.place", "distrib.surroundings"),
     ("distrib.cli", "distrib.options"),
