@@ -282,12 +282,15 @@ class Checkpointer:
         """Points ``name`` at a checkpoint, where the disk knows symbolic links; at none, if that could not be saved."""
         target, link = path_for(self._folder, step), self._folder / name
         partial = self._partial(name)
-        with contextlib.suppress(OSError):
+        try:
             if not target.exists():
                 link.unlink(missing_ok=True)
             else:
                 partial.symlink_to(target.name)  # relative: the folder may be moved
                 os.replace(partial, link)
+        except OSError:
+            with contextlib.suppress(OSError):
+                partial.unlink()  # else it would be in the way of the next
 
     def _retire(self, newest: int, best: int | None) -> None:
         with contextlib.suppress(OSError):

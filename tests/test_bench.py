@@ -60,7 +60,7 @@ def medians(report: dict[str, Any], unit: str) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("", "train|model|loader|inference|index|exchange|photos"),
+        ("", "train|model|loader|inference|index|exchange|save|photos"),
         ("bogus", "invalid choice: 'bogus'"),
         ("model --batch 0", "argument --batch: '0' is not a whole number of 1 or more"),
         ("model --model resnet20", "resnet20 is not one of torchvision's"),
@@ -76,6 +76,8 @@ def medians(report: dict[str, Any], unit: str) -> dict[str, float]:
         ("inference --validate /nowhere.py", "there is no such file"),
         ("exchange --ranks 1 2", "--ranks: one rank exchanges nothing"),
         ("exchange --steps 31", "--steps 31 holds no two exchanges 16 steps apart: give 32 or more"),
+        ("save --model resnet51", "did you mean 'resnet"),
+        ("save --folder /nowhere", "--folder /nowhere is no folder"),
         ("photos 3", "3 photographs are fewer than their 10 classes"),
     ],
 )
@@ -164,6 +166,18 @@ def test_exchange(tmp_path: Path) -> None:
     assert all(len(row["values"]) == 2 for row in report["results"])
     goals = {row["name"]: row["goal"] for row in report["results"] if "goal" in row}
     assert goals == {"model, a network's messages: lost of a step, 1 in 3, 130 ranks": "< 0.1"}
+
+
+def test_save(tmp_path: Path) -> None:
+    sizes = ["--batch", "2", "--size", "16", "--every", "2", "--rounds", "2", "--precision", "fp32"]
+    report = measure(tmp_path, "save", "--model", "resnet20", *sizes, "--folder", str(tmp_path))
+    assert set(medians(report, "ms")) == {"step, with saves", "step, without"}
+    assert set(medians(report, "s a save")) == {"writing, alone", "processor's time of the writing thread"}
+    assert all(len(row["values"]) == 2 for row in report["results"])
+    goals = {row["name"]: row["goal"] for row in report["results"] if "goal" in row}
+    copy = "the copy, of the steps from a save to the next"
+    assert goals == {"step, with saves / step, without": "< 1.02", copy: "< 2"}
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
 
 def test_the_model_of_an_exchange() -> None:

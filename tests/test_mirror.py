@@ -1,4 +1,4 @@
-"""distrib.mirror: a second place for checkpoints, in another folder, in fsspec's memory, and on an S3 of this machine."""
+"""distrib.mirror: a second place for checkpoints, in a folder, in fsspec's memory, and on an S3 of this machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any

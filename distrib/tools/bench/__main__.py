@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from distrib.config import UserError
 from distrib.faults import FAILED, FINISHED, USER_ERROR
-from distrib.tools.bench import exchange, index, inference, loader, model, photos, train
+from distrib.tools.bench import exchange, index, inference, loader, model, photos, save, train
 
 BENCHMARKS = {
     "train": (train, "the trainer's own overhead: train.py against a bare loop"),
@@ -19,6 +19,7 @@ BENCHMARKS = {
     "inference": (inference, "evaluate and features against timm's validate.py and a plain torchvision loop"),
     "index": (index, "a large data set's file list: time to open, memory, time a step"),
     "exchange": (exchange, "the ranks' agreement on stops: what a step loses to it, here and on 1,024 ranks"),
+    "save": (save, "a save's cost to the steps beside it, and the writing thread's own"),
     "photos": (photos, "make up photographs to load, and print their folder"),
 }
 
