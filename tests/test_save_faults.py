@@ -118,6 +118,24 @@ def test_a_save_that_fails_or_dies_at_any_call(
     assert found == {2, 3}
 
 
+def test_a_link_that_could_not_be_moved_is_moved_by_the_next_save(before: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(before, tmp_path / "c", symlinks=True)
+
+    def save_twice() -> list[str]:
+        notes: list[str] = []
+        made = Checkpointer(folder, 2, notes.append, writer="me")
+        failing.install(Strike(2, "EIO", "replace"))  # the first gives the checkpoint its name
+        links = []
+        for step in (3, 4):
+            made.save(state(step), step, best=2)
+            made.wait()
+            links.append(os.readlink(folder / "last.pt"))
+        return [*links, *notes]
+
+    assert in_child(save_twice) == (0, ["step_00000002.pt", "step_00000004.pt"])
+    assert not list(folder.glob("*.partial"))
+
+
 # Disks
 
 
@@ -135,7 +153,7 @@ def test_a_disk_that_takes_nothing_for_a_while(small_disk: Path, what: str) -> N
     filler = small_disk / "filler"
     if what == "full":
         free = os.statvfs(small_disk)
-        filler.write_bytes(bytes(free.f_bavail * free.f_frsize - 8192))
+        filler.write_bytes(bytes(free.f_bavail * free.f_frsize - 4096))
     else:
         mount(small_disk, "ro")
     for step in (2, 3):
