@@ -62,11 +62,12 @@ from distrib.jsonl import cut_back
 from distrib.layout import SYNTHETIC_CLASSES
 from distrib.lease import Lease
 from distrib.log import ConsoleSink, JsonlSink, Log, WandbSink, new_run_id
-from distrib.metrics import SaveTimer, Trace, TrainMeter
+from distrib.metrics import SaveTimer, TrainMeter
 from distrib.models import build_model
 from distrib.optim import Ema, build_optimizer, build_schedule, freeze, peak_lr
 from distrib.preflight import is_wanted, preflight
 from distrib.runtime import Runtime, leave, start
+from distrib.trace import Trace
 from distrib.weights import checksum, load_weights
 
 Found = tuple[Path, dict[str, Any]]  # a checkpoint's file and what it holds
@@ -137,12 +138,13 @@ class Run:
                 stopping = self.stop_without_data(meter, lr)
                 break
             self.unsaved = True
-            result = self.step(batches, progress.step, lr, measure_norm=self.record_due(progress.step + 1))
+            measure = trace is not None or self.record_due(progress.step + 1)
+            result = self.step(batches, progress.step, lr, measure_norm=measure)
             meter.add(*result)
             progress.step += 1
             self.log.progress("train", progress.step, self.total_steps)
             if trace is not None:
-                trace.step(progress.step, batches, result.loss)
+                trace.step(progress.step, batches, result.loss, result.gradient_norm)
             if progress.step % config.log.every_steps == 0:
                 self.log_records(meter.close_interval(progress.step, lr))
 
@@ -153,7 +155,7 @@ class Run:
                 save = save or progress.best_step == progress.step
                 meter.resume()
             if save or stopping or self.saved_after(progress.step):
-                self.flush_and_save(meter, lr)
+                self.flush_and_save(meter, lr, stopping)
                 timer.restart()
 
         agreement.close()
@@ -216,22 +218,23 @@ class Run:
                 f"not save; {same_command()} continues from the newest checkpoint"
             )
         if self.unsaved:
-            self.flush_and_save(meter, lr)
+            self.flush_and_save(meter, lr, stopping=True)
         return True
 
-    def flush_and_save(self, meter: TrainMeter, lr: float) -> None:
+    def flush_and_save(self, meter: TrainMeter, lr: float, stopping: bool) -> None:
         """Begins a save, having logged what a restart from it will not measure again. All ranks must call it."""
         self.log_records(meter.flush(self.progress.step, lr))
         self.progress.seconds = meter.seconds
-        self.save()
+        self.save(stopping)
 
-    def save(self) -> None:
+    def save(self, stopping: bool = False) -> None:
         """Begins a save. All ranks must call it: their batch-norm statistics are averaged, and gathered on rank 0."""
         state = self.state.capture()
         if self.checkpointer is not None:
             config = self.config.model_dump(mode="json")
             header = {"progress": asdict(self.progress), "config": config, "data": self.data, "classes": self.classes}
-            self.checkpointer.save({**header, **state}, self.progress.step, self.progress.best_step)
+            last = stopping or self.progress.step == self.total_steps
+            self.checkpointer.save({**header, **state}, self.progress.step, self.progress.best_step, last)
 
     def log_records(self, records: Sequence[dict[str, object]]) -> None:
         """Logs what is ready, and warns at the first loss that is no number."""
@@ -257,7 +260,8 @@ class Run:
         status = "stopped" if stopping else "diverged" if diverged else "finished"
         if self.unsaved or self.folder.summary() is None:
             try:
-                self.folder.write_summary(self.summary(status, images_per_second))
+                digest = {"sha256": self.checkpointer.sha256(progress.step)}
+                self.folder.write_summary(self.summary(status, images_per_second) | digest)
             except OSError as error:
                 self.log.message(f"cannot write summary.json: {error.strerror}; the rest is saved", "error")
                 return FAILED

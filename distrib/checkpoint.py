@@ -22,6 +22,7 @@ from typing import IO, Any, cast
 import torch
 
 from distrib.config import UserError
+from distrib.digest import digest
 from distrib.layout.folders import patiently
 
 LAST, BEST = "last.pt", "best.pt"  # links to two of the files; what a run continues from is found without them
@@ -149,14 +150,16 @@ class Checkpointer:
         self._writer, self._owned = writer, owned
         self._thread: threading.Thread | None = None
         self._saved: int | None = None  # the newest step that is on disk by this object's doing
+        self._sha256: tuple[int, dict[str, str]] | None = None  # of the last save of all, and its step
         check_room(folder, needed)
         for left in folder.glob(f"*{TEMPORARY}"):  # a save that was killed
             with contextlib.suppress(OSError):
                 left.unlink()
 
-    def save(self, state: dict[str, Any], step: int, best: int | None) -> None:
+    def save(self, state: dict[str, Any], step: int, best: int | None, last: bool = False) -> None:
         """Takes a copy of ``state`` and writes it in the background; keeps the last ``keep`` files and step ``best``.
 
+        ``last``: of the run, or of this start; its digest is taken when it is on disk, from the copy in memory.
         Waits first where the previous save is still being written: two at a time would only slow each other.
         """
         self.wait()
@@ -182,6 +185,8 @@ class Checkpointer:
                 if best is not None:
                     self._link(BEST, best)
                 self._retire(step, best)
+            if last:
+                self._sha256 = step, digest(snapshot)
 
         self._thread = threading.Thread(target=write, name="checkpoint", daemon=False)
         self._thread.start()
@@ -192,6 +197,18 @@ class Checkpointer:
             self._thread.join()
             self._thread = None
         return self._saved
+
+    def sha256(self, step: int) -> dict[str, str] | None:
+        """The digest of the checkpoint of ``step``, from its file where this start has not saved it; None without one.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        self.wait()
+        if self._sha256 is not None and self._sha256[0] == step:
+            return self._sha256[1]
+        path = path_for(self._folder, step)
+        return digest(load(path)) if path.exists() else None
 
     def _link(self, name: str, step: int) -> None:
         """Points ``name`` at a checkpoint, where the disk knows symbolic links; at none, if that could not be saved."""
