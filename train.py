@@ -62,13 +62,14 @@ from distrib.jsonl import cut_back
 from distrib.layout import SYNTHETIC_CLASSES
 from distrib.lease import Lease
 from distrib.log import ConsoleSink, JsonlSink, Log, WandbSink, new_run_id
-from distrib.metrics import SaveTimer, Trace, TrainMeter
+from distrib.metrics import SaveTimer, TrainMeter
 from distrib.mirror import Mirror, newest_of_both
 from distrib.models import build_model
 from distrib.optim import Ema, build_optimizer, build_schedule, freeze, peak_lr
 from distrib.preflight import is_wanted, preflight
 from distrib.runtime import Runtime, leave, start
 from distrib.store import open_store
+from distrib.trace import Trace
 from distrib.weights import checksum, load_weights
 
 Found = tuple[Path, dict[str, Any]]  # a checkpoint's file and what it holds
@@ -139,12 +140,13 @@ class Run:
                 stopping = self.stop_without_data(meter, lr)
                 break
             self.unsaved = True
-            result = self.step(batches, progress.step, lr, measure_norm=self.record_due(progress.step + 1))
+            measure = trace is not None or self.record_due(progress.step + 1)
+            result = self.step(batches, progress.step, lr, measure_norm=measure)
             meter.add(*result)
             progress.step += 1
             self.log.progress("train", progress.step, self.total_steps)
             if trace is not None:
-                trace.step(progress.step, batches, result.loss)
+                trace.step(progress.step, batches, result.loss, result.gradient_norm)
             if progress.step % config.log.every_steps == 0:
                 self.log_records(meter.close_interval(progress.step, lr))
 
@@ -271,7 +273,8 @@ class Run:
         status = "stopped" if stopping else "diverged" if diverged else "finished"
         if self.unsaved or self.folder.summary() is None:
             try:
-                self.folder.write_summary(self.summary(status, images_per_second))
+                digest = {"sha256": self.checkpointer.sha256(progress.step)}
+                self.folder.write_summary(self.summary(status, images_per_second) | digest)
             except OSError as error:
                 self.log.message(f"cannot write summary.json: {error.strerror}; the rest is saved", "error")
                 return FAILED

@@ -22,6 +22,7 @@ from typing import IO, Any, Protocol, cast
 import torch
 
 from distrib.config import UserError
+from distrib.digest import digest
 from distrib.layout.folders import patiently
 
 LAST, BEST = "last.pt", "best.pt"  # links to two of the files; what a run continues from is found without them
@@ -179,6 +180,7 @@ class Checkpointer:
         self._owed = False  # a save was passed over, and none was begun since
         self._told = False  # that saves are passed over, until one begins when it is due
         self._saved: int | None = None  # the newest step that is on disk by this object's doing
+        self._sha256: tuple[int, dict[str, str]] | None = None  # of the last save of all, and its step
         check_room(folder, needed)
         for left in folder.glob(f"*{TEMPORARY}"):  # a save that was killed
             with contextlib.suppress(OSError):
@@ -193,7 +195,8 @@ class Checkpointer:
         """Takes a copy of ``state`` and writes it in the background; keeps the last ``keep`` files and step ``best``.
 
         Returns whether it did: not where another is still being written. If this is the best it is copied all the same,
-        and written next; if it is the ``last`` of a start, the others are waited for.
+        and written next; if it is the ``last`` of a start, the others are waited for. The last one's digest is taken
+        when it is on disk, from the copy in memory.
         """
         if last:
             self.wait()
@@ -232,6 +235,8 @@ class Checkpointer:
                 if self._second is not None:
                     self._second.offer(path, step, best)
                 self._retire(step, best)
+            if last:
+                self._sha256 = step, digest(snapshot)
 
         with self._lock:
             self._next = step, write  # in the place of a best that is none any more
@@ -258,6 +263,18 @@ class Checkpointer:
                     self._notify(f"waiting for {self._folder}: {written / 1e6:.0f} MB of step {writing} are written")
                 patience *= 2
         return self._saved
+
+    def sha256(self, step: int) -> dict[str, str] | None:
+        """The digest of the checkpoint of ``step``, from its file where this start has not saved it; None without one.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        self.wait()
+        if self._sha256 is not None and self._sha256[0] == step:
+            return self._sha256[1]
+        path = path_for(self._folder, step)
+        return digest(load(path)) if path.exists() else None
 
     def close(self) -> None:
         """Waits for the saves under way, and for the second place, while that takes anything."""

@@ -338,7 +338,7 @@ class Config(Part):
     log: LogConfig = LogConfig()
     wandb: WandbConfig = WandbConfig()
     trace: bool = False
-    """Write what each step saw, for comparing runs bit by bit; it makes each step wait for the device."""
+    """Write what each step saw, for comparing runs bit by bit (distrib trace); each step waits for the device."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:

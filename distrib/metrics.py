@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from distrib.data import Batch, TrainPlan
-from distrib.data.draws import draws
 from distrib.faults import Interrupted
-from distrib.jsonl import JsonlFile
 from distrib.runtime import Runtime
 
 
@@ -160,25 +156,3 @@ class SaveTimer:
     def due(self) -> bool:
         """Whether it is time."""
         return self._minutes is not None and time.monotonic() - self._since >= 60 * self._minutes
-
-
-class Trace:
-    """``trace/rank_00000.jsonl``: what each step really saw, for comparing runs bit by bit. It waits for the device."""
-
-    def __init__(self, folder: Path, plan: TrainPlan, notify: Callable[[str], None] = print) -> None:
-        self._plan = plan
-        self._file = JsonlFile(folder / f"rank_{plan.rank:05d}.jsonl", notify)
-
-    def step(self, step: int, batches: Sequence[Batch], loss: torch.Tensor) -> None:
-        """Writes {"step", "ids", "draws", "loss"}: this rank's samples, a checksum of each one's draws, summed loss."""
-        checksums = [
-            zlib.crc32(row.tobytes())
-            for part in self._plan.slices(step - 1)
-            for row in draws(self._plan.seed, part.epoch, part.positions)
-        ]
-        ids = [sample for batch in batches for sample in batch.ids.tolist()]
-        self._file.append({"step": step, "ids": ids, "draws": checksums, "loss": float(loss).hex()})
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import signal
@@ -16,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+
+import distrib.digest
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 180
@@ -138,31 +139,10 @@ def newest_checkpoint(folder: Path) -> Path:
 
 
 def digest(folder: Path) -> dict[str, str]:
-    """SHA-256 of each part of the final checkpoint: weights, buffers, EMA, optimizer, ranks' statistics."""
+    """SHA-256 of each part of the final checkpoint: weights, buffers with the ranks' statistics, optimizer, EMA."""
     saved = torch.load(newest_checkpoint(folder), weights_only=True)
     assert saved["progress"]["step"] == 60
-    return {part: _sha(saved[part]) for part in ("model", "model_ema", "optimizer", "statistics", "scaler")}
-
-
-def _sha(value: Any) -> str:
-    state = hashlib.sha256()
-
-    def walk(inner: Any) -> None:
-        if isinstance(inner, torch.Tensor):
-            state.update(f"{inner.dtype}{tuple(inner.shape)}".encode())
-            state.update(inner.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        elif isinstance(inner, dict):
-            for key in sorted(inner, key=str):
-                state.update(str(key).encode())
-                walk(inner[key])
-        elif isinstance(inner, list | tuple):
-            for item in inner:
-                walk(item)
-        else:
-            state.update(repr(inner).encode())
-
-    walk(value)
-    return state.hexdigest()
+    return distrib.digest.digest(saved)
 
 
 def trace(folder: Path, procs: int) -> list[list[dict[str, Any]]]:

@@ -16,6 +16,8 @@ import pytest
 import runs
 import torch
 
+from distrib.digest import digest
+
 SAVE_EVERY = 10  # runs.SMALL
 
 
@@ -61,6 +63,7 @@ def test_sigterm_at_a_random_step_costs_nothing(procs: int, undisturbed: dict[in
     assert summary["status"] == "stopped"
     stopped_at = summary["step"]
     assert {len(lines) for lines in runs.trace(folder, procs)} == {stopped_at}  # all ranks, at one step
+    assert summary["sha256"] == digest(torch.load(runs.newest_checkpoint(folder), weights_only=True))
 
     printed = runs.train(procs, folder)
     assert f"step {stopped_at} of 60" in printed
