@@ -14,6 +14,7 @@ import re
 import secrets
 import shutil
 import threading
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -149,6 +150,7 @@ class Checkpointer:
         self._writer, self._owned = writer, owned
         self._thread: threading.Thread | None = None
         self._saved: int | None = None  # the newest step that is on disk by this object's doing
+        self.seconds: float | None = None  # what the longest save took, from the call to the disk
         check_room(folder, needed)
         for left in folder.glob(f"*{TEMPORARY}"):  # a save that was killed
             with contextlib.suppress(OSError):
@@ -160,6 +162,7 @@ class Checkpointer:
         Waits first where the previous save is still being written: two at a time would only slow each other.
         """
         self.wait()
+        began = time.monotonic()
         snapshot = _to_host(state)
         copied = torch.cuda.Event() if torch.cuda.is_available() else None
         if copied is not None:
@@ -172,6 +175,7 @@ class Checkpointer:
             try:
                 commit(snapshot, path, self._writer, self._owned)
                 self._saved = step
+                self.seconds = max(self.seconds or 0.0, time.monotonic() - began)
             except (OSError, RuntimeError) as error:
                 told = error.strerror if isinstance(error, OSError) else str(error)
                 reason = told.splitlines()[0] if told else type(error).__name__
