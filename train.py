@@ -4,6 +4,7 @@ This file is the table of contents: `build` makes each part in order, `Run.loop`
 """
 # ruff: noqa: E402
 
+import os
 import sys
 
 from distrib.faults import (
@@ -19,6 +20,10 @@ from distrib.faults import (
 )
 
 STOP = StopSignals()  # first of all: a request to stop must not kill the run while it imports, which takes seconds
+
+from distrib.parent import end_parent_too, end_with_parent
+
+end_with_parent(os.environ)
 
 from distrib.entry import Start, read_start
 from distrib.surroundings import same_command, settle
@@ -40,6 +45,7 @@ import torch
 
 from distrib import checkpoint, words
 from distrib.alike import check_alike
+from distrib.budget import Budget, find_end
 from distrib.checkpoint import Checkpointer, check_room
 from distrib.config import Config, UserError, settled
 from distrib.data import EvalPlan, Loader, TrainPlan, build_loader, make_plans, open_data
@@ -55,7 +61,7 @@ from distrib.engine.prepare import (
 )
 from distrib.engine.state import TrainState
 from distrib.engine.step import TrainStep
-from distrib.faults import Agreement
+from distrib.faults import Agreement, exchange_interval
 from distrib.folder import RunFolder, check_checkpoint, check_resumable
 from distrib.follow import follow, keep
 from distrib.jsonl import cut_back
@@ -67,9 +73,11 @@ from distrib.mirror import Mirror, newest_of_both
 from distrib.models import build_model
 from distrib.optim import Ema, build_optimizer, build_schedule, freeze, peak_lr
 from distrib.preflight import is_wanted, preflight
+from distrib.restarts import count_start, forget_starts
 from distrib.runtime import Runtime, leave, start
 from distrib.store import open_store
 from distrib.trace import Trace
+from distrib.watchdog import EVALUATION, SAVE, TRAINING, Watchdog, record_collectives, save_collectives
 from distrib.weights import checksum, load_weights
 
 Found = tuple[Path, dict[str, Any]]  # a checkpoint's file and what it holds
@@ -100,6 +108,8 @@ class Run:
     folder: RunFolder
     lease: Lease | None  # on the rank that writes
     log: Log
+    watchdog: Watchdog
+    budget: Budget
     plan: TrainPlan
     eval_plan: EvalPlan
     loader: Loader
@@ -131,6 +141,7 @@ class Run:
                 self.save()
         self.log.progress("train", progress.step, self.total_steps)
         meter.resume()
+        self.budget.resume()
         while progress.step < self.total_steps and not stopping:
             if self.lease is not None:
                 self.lease.check()
@@ -144,12 +155,14 @@ class Run:
             result = self.step(batches, progress.step, lr, measure_norm=measure)
             meter.add(*result)
             progress.step += 1
+            self.watchdog.beat(progress.step, TRAINING)
             self.log.progress("train", progress.step, self.total_steps)
             if trace is not None:
                 trace.step(progress.step, batches, result.loss, result.gradient_norm)
             if progress.step % config.log.every_steps == 0:
                 self.log_records(meter.close_interval(progress.step, lr))
 
+            self.budget.step(self.steps_to_evaluation())
             overdue = self.checkpointer is not None and self.checkpointer.overdue
             stopping, save = agreement.exchange(stop=STOP.requested(), save=timer.due or overdue)
             if self.eval_due() and not stopping:
@@ -165,8 +178,11 @@ class Run:
         agreement.close()
         if trace is not None:
             trace.close()
-        code = self.runtime.on_main(lambda: self.conclude(stopping, meter.images_per_second))
+        self.watchdog.close()  # the others wait for the last save, however long that takes
+        code, final = self.runtime.on_main(lambda: (self.conclude(stopping, meter.images_per_second), STOP.timed))
         self.runtime.on_main(self.copied)
+        if code == STOPPED and final:
+            end_parent_too(os.environ, self.runtime.local_rank)
         return code
 
     def copied(self) -> None:
@@ -176,6 +192,7 @@ class Run:
 
     def close(self, code: int) -> None:
         """Waits for the save under way, whose failure the log must still hear of, and closes the log."""
+        self.watchdog.close()
         if self.checkpointer is not None:
             self.checkpointer.wait()
         self.log.close(FAILED if code == DIVERGED else code)
@@ -188,6 +205,11 @@ class Run:
         """Whether the weights are to be evaluated after so many steps."""
         every = self.plan.steps_in(self.config.train.eval_every_epochs)
         return step % every == 0 or step == self.total_steps
+
+    def steps_to_evaluation(self) -> int:
+        """How many steps are left before the next one; 0 where it is due now."""
+        every = self.plan.steps_in(self.config.train.eval_every_epochs)
+        return min(-self.progress.step % every, self.total_steps - self.progress.step)
 
     def record_due(self, step: int) -> bool:
         """Whether a training record is to end with this step; a stop or another save may end one earlier."""
@@ -204,8 +226,14 @@ class Run:
     def evaluate(self, agreement: Agreement) -> bool:
         """Evaluates the weights as they are now; False where a request to stop cut it short."""
         progress, plan = self.progress, self.eval_plan
-        batches, tell = self.loader.evaluate(plan), partial(self.log.progress, "eval")
-        result = self.evaluator(self.state.weights(), batches, plan, self.runtime, agreement, STOP, tell)
+        batches = self.loader.evaluate(plan)
+
+        def tell(done: int, rounds: int) -> None:
+            self.watchdog.beat(progress.step, EVALUATION)
+            self.log.progress("eval", done, rounds)
+
+        with self.budget.evaluation():
+            result = self.evaluator(self.state.weights(), batches, plan, self.runtime, agreement, STOP, tell)
         if result is None:
             return False
         progress.evaluated, progress.result, self.unsaved = progress.step, result, True
@@ -243,6 +271,7 @@ class Run:
 
         While rank 0 still writes, it passes over what is not the ``last`` of this start, and asks for it later.
         """
+        self.watchdog.beat(self.progress.step, SAVE)
         state = self.state.capture()
         if self.checkpointer is not None:
             config = self.config.model_dump(mode="json")
@@ -269,6 +298,7 @@ class Run:
         if self.unsaved and saved != progress.step:
             self.log.message(f"step {progress.step} could not be saved; the newest checkpoint is older", "error")
             return FAILED
+        forget_starts(self.folder.faults)
         diverged = not stopping and not progress.finite
         status = "stopped" if stopping else "diverged" if diverged else "finished"
         if self.unsaved or self.folder.summary() is None:
@@ -323,6 +353,9 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
     What must be let go of, however the run ends, goes to ``leaving``.
     """
     config = asked.config
+    folder = RunFolder(config.run.dir)
+    if torch.cuda.is_available():
+        record_collectives(folder.faults, os.environ)
     runtime = start(asked.place, STOP, config.data.wait_minutes)
     runtime.on_each(lambda: check_network(config))
     check_alike(config, runtime)
@@ -331,7 +364,6 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
     set_up_device(device, precision, config.train.deterministic)
     say = partial(print, file=sys.stdout if runtime.is_main else sys.stderr, flush=True)
     say_once = say if runtime.is_main else (lambda text: None)
-    folder = RunFolder(config.run.dir)
     if is_wanted(config.launch.preflight, runtime):
         preflight(runtime, folder.path, say)
     one_checks = runtime.local_rank == 0  # the index's checksum: the machine's ranks share the pages
@@ -407,6 +439,7 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
     checkpointer = runtime.on_main_only(open_here)
     if mirror is not None:
         mirror.begin(progress.wandb_id, asked.job, folder.checkpoints, progress.best_step)
+    since = count_start(runtime, folder.faults, asked.job, progress.step, os.environ)
     lr, parameters = peak_lr(config.optim, plan.global_batch), sum(p.numel() for p in network.parameters())
     if console is not None and lease is not None:
         values, batch = config.model_dump(mode="json"), plan.global_batch
@@ -414,6 +447,15 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
         wandb = WandbSink(config.wandb, progress.wandb_id, config.run.name, folder.path, values, facts, warn)
         log = Log([console, JsonlSink(folder.metrics, warn, lease.held), wandb])
     runtime.barrier()  # the traces are cut; the ranks may open them
+    patience = config.train.hang_minutes, config.data.wait_minutes
+    lag = 2 * exchange_interval(runtime.world)  # steps until all ranks have heard of a stop
+    stacks, act = folder.faults / f"rank_{runtime.rank:05d}.txt", partial(save_collectives, folder.faults, runtime.rank)
+    watchdog = Watchdog(stacks, progress.step, *patience, lag, act)
+    leaving.callback(watchdog.close)
+    saving = (lambda: checkpointer.seconds) if checkpointer is not None else None
+    end = (
+        find_end(config.train.max_minutes, since, os.environ) if saving is not None else None
+    )  # rank 0's watch is all's
 
     for line in words.resolved(asked.config, config, runtime, plan, precision, lr, network):
         log.message(line)
@@ -460,6 +502,8 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
         folder=folder,
         lease=lease,
         log=log,
+        watchdog=watchdog,
+        budget=Budget(end, STOP, lag, saving),
         plan=plan,
         eval_plan=eval_plan,
         loader=loader,

@@ -14,6 +14,7 @@ import re
 import secrets
 import shutil
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -181,6 +182,7 @@ class Checkpointer:
         self._told = False  # that saves are passed over, until one begins when it is due
         self._saved: int | None = None  # the newest step that is on disk by this object's doing
         self._sha256: tuple[int, dict[str, str]] | None = None  # of the last save of all, and its step
+        self.seconds: float | None = None  # what the longest save took, from the call to the disk
         check_room(folder, needed)
         for left in folder.glob(f"*{TEMPORARY}"):  # a save that was killed
             with contextlib.suppress(OSError):
@@ -211,6 +213,7 @@ class Checkpointer:
             return False
         self._told = self._owed and self._told  # what is made up for is no sign that the disk keeps up
         self._owed = False
+        began = time.monotonic()
         snapshot = _to_host(state)
         copied = torch.cuda.Event() if torch.cuda.is_available() else None
         if copied is not None:
@@ -223,6 +226,7 @@ class Checkpointer:
             try:
                 commit(snapshot, path, self._writer, self._owned)
                 self._saved = step
+                self.seconds = max(self.seconds or 0.0, time.monotonic() - began)
             except Exception as error:  # whatever it is: it must not cost the saves to come
                 told = str((isinstance(error, OSError) and error.strerror) or error)
                 reason = told.splitlines()[0] if told else type(error).__name__

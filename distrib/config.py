@@ -204,6 +204,10 @@ class TrainConfig(Part):
     """Largest norm of the gradient."""
     eval_every_epochs: PositiveFloat = 1
     """How often to evaluate."""
+    hang_minutes: PositiveFloat | Auto | None = "auto"
+    """End a rank that does not get on for so long; auto: by data.wait_minutes and its longest step; null: never."""
+    max_minutes: PositiveFloat | None = None
+    """Stop, with everything saved, before a start has taken so long."""
 
 
 class OptimConfig(Part):
@@ -345,6 +349,11 @@ class Config(Part):
         train, schedule = self.train, self.schedule
         if train.micro_batch is not None and train.micro_batch > train.global_batch:
             raise ValueError(f"train.micro_batch {train.micro_batch} exceeds train.global_batch {train.global_batch}")
+        if isinstance(train.hang_minutes, float) and train.hang_minutes <= self.data.wait_minutes:
+            raise ValueError(
+                f"train.hang_minutes {train.hang_minutes:g} is not above data.wait_minutes {self.data.wait_minutes:g}, "
+                "for which a rank may wait for its images"
+            )
         if train.steps is not None:  # a run cut short keeps its schedule's epochs as they are
             return self
         if schedule.warmup_epochs != "auto" and schedule.warmup_epochs > train.epochs:

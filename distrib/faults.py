@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -16,13 +18,15 @@ FINISHED, FAILED, USER_ERROR = 0, 1, 2
 STOPPED = 75  # EX_TEMPFAIL: stopped on request with everything saved, start me again
 # Of a rank's report alone, for whoever starts ranks again; the process ends with FAILED.
 DIVERGED = 3  # the loss is no number: another start would end so too
-BAD_MACHINE = 4  # the preflight failed: another start on the same machines would, too
+BAD_MACHINE = 4  # the preflight failed, or start after start at one step: another on the same machines would, too
 
 # What Slurm, submitit, torchrun, a terminal that is closed, and a person at one send when the time is up.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 RANKS_A_CALL = 64
 MESSAGE_SECONDS = 20e-6, 50e-6
+
+_also: Path | None = None  # a file that gets failures too, for the next start
 
 
 class Interrupted(Exception):
@@ -44,12 +48,14 @@ class Failure(Exception):
 class StopSignals:
     """Remembers the first stop signal. Saving inside a handler would run at any point of a step, so it only notes.
 
-    Who presses Ctrl-C again, a second later or more, gets Python's own way out, without a save.
+    Who presses Ctrl-C again, a second later or more, gets Python's own way out, without a save. A time that is up
+    (``at``) counts as a request, too.
     """
 
     def __init__(self) -> None:
-        self.received: str | None = None
-        self._since = 0.0
+        self._received: str | None = None
+        self._since: float | None = None  # when the first signal came
+        self._deadline, self._reason = math.inf, ""
         self._waits_for: str | None = None  # while that is so, nothing is lost by leaving at once
         # Python runs a handler between two of its own instructions: not while C code waits for another rank. The
         # number of a signal reaches this pipe at any time, and so the thread that reads it.
@@ -61,9 +67,25 @@ class StopSignals:
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup means it
                 signal.signal(number, self._note)
 
+    @property
+    def received(self) -> str | None:
+        """What asks to stop: the first signal's name, or the reason why the time is up; None so far."""
+        if self._received is None and time.monotonic() >= self._deadline:
+            self._received = self._reason
+        return self._received
+
     def requested(self) -> bool:
-        """Whether a stop signal has come."""
+        """Whether anything asks to stop."""
         return self.received is not None
+
+    def at(self, deadline: float, reason: str) -> None:
+        """From ``deadline`` on, seconds of ``time.monotonic``, a stop is requested; the last call holds."""
+        self._deadline, self._reason = deadline, reason
+
+    @property
+    def timed(self) -> bool:
+        """Whether it was the time, and no signal: nobody outside knows of it."""
+        return self._received is not None and self._received == self._reason
 
     @contextlib.contextmanager
     def leaving_at_once(self, waits_for: str) -> Iterator[None]:
@@ -77,8 +99,9 @@ class StopSignals:
             self._waits_for = None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is None:
-            self.received, self._since = signal.Signals(number).name, time.monotonic()
+        if self._since is None:
+            self._since = time.monotonic()
+            self._received = self._received or signal.Signals(number).name
         elif number == signal.SIGINT and time.monotonic() - self._since > 1:
             signal.default_int_handler(number, frame)
 
@@ -183,6 +206,12 @@ class Agreement:
             self._work = None
 
 
+def report_failures_to(file: Path) -> None:
+    """From now on ``report_exit`` appends a failure to ``file`` as well: what the launcher hears it may forget."""
+    global _also
+    _also = file
+
+
 def report_exit(code: int, message: str = "") -> int:
     """Tells the launcher how this rank ended, as a line "RANK CODE MESSAGE": torchrun says 1 for every failure.
 
@@ -190,9 +219,10 @@ def report_exit(code: int, message: str = "") -> int:
     failures gets the message through the file that it names for it.
     """
     message = " ".join(message.split())
-    if path := os.environ.get("DISTRIB_EXIT_CODE_FILE"):
-        with contextlib.suppress(OSError), open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(f"{os.environ.get('RANK', 0)} {code} {message}\n")
+    for path in (os.environ.get("DISTRIB_EXIT_CODE_FILE"), _also if code not in (FINISHED, STOPPED) else None):
+        if path:
+            with contextlib.suppress(OSError), open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(f"{os.environ.get('RANK', 0)} {code} {message}\n")
     if code != FINISHED and (path := os.environ.get("TORCHELASTIC_ERROR_FILE")):
         words = message or ("stopped on request, everything is saved" if code == STOPPED else "failed, see above")
         extra = {"timestamp": str(int(time.time()))}

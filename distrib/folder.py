@@ -32,7 +32,8 @@ FIXED = (
 
 # What a run writes into its folder. Checkpoints first: without them nothing is continued, whatever else is there.
 OWN = (
-    "checkpoints", "config.yaml", "metrics.jsonl", "trace", "summary.json", "bad_samples.jsonl", "wandb", ".fresh",
+    "checkpoints", "config.yaml", "metrics.jsonl", "trace", "summary.json", "bad_samples.jsonl", "wandb", "faults",
+    ".fresh",
 )  # fmt: skip
 
 
@@ -45,6 +46,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.bad_samples = self.path / "bad_samples.jsonl"
         self.trace = self.path / "trace"
+        self.faults = self.path / "faults"
         self._summary = self.path / "summary.json"
         self._fresh = self.path / ".fresh"  # the job that began here with --fresh
 

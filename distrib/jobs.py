@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from distrib.parent import death_request
 
 LOOK_SECONDS = 0.1
 
@@ -89,14 +88,7 @@ def _end(processes: Collection[subprocess.Popen[bytes]]) -> None:
 
 def end_with_us() -> Callable[[], None] | None:
     """For ``preexec_fn``: has Linux send the process SIGTERM should we be killed, as it would go on unseen."""
-    if not sys.platform.startswith("linux"):
-        return None
-    libc = ctypes.CDLL(None)
-
-    def ask() -> None:
-        libc.prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
-
-    return ask
+    return death_request()
 
 
 def share_cores(environ: Mapping[str, str], cores: int, processes: int) -> dict[str, str]:

@@ -141,4 +141,4 @@ def test_what_is_settled_is_read_back(tmp_path: Path) -> None:
     assert load(tmp_path, text=dump_config(settled)) == settled
     left = {key for key, value in flatten(settled.model_dump()).items() if value == "auto"}
     # The data's, the machine's and the job's own, each time.
-    assert left == {"data.val_split", "data.workers", "data.decoder", "launch.preflight"}
+    assert left == {"data.val_split", "data.workers", "data.decoder", "launch.preflight", "train.hang_minutes"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 import subprocess
 from pathlib import Path
@@ -94,7 +95,7 @@ def test_a_figure_that_cannot_be_drawn_costs_nothing_else(
     (tmp_path / "train.py").write_text(RECORDS)
     monkeypatch.setattr(jobs, "train_all", functools.partial(jobs.train_all, train=tmp_path / "train.py"))
     stop = StopSignals.__new__(StopSignals)  # without its handlers
-    stop.received = None
+    stop._received, stop._deadline = None, math.inf
 
     def study() -> int:
         args, behind = command.parse([str(folder), "--seeds", "2", "--runs", str(tmp_path / "runs")])
