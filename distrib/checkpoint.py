@@ -211,7 +211,8 @@ class Checkpointer:
                 )
             self._owed = self._told = True
             return False
-        self._told = self._owed and self._told  # what is made up for is no sign that the disk keeps up
+        # What is made up for, or waits its turn, is no sign that the disk keeps up.
+        self._told = self._told and (self._owed or writing is not None)
         self._owed = False
         began = time.monotonic()
         snapshot = _to_host(state)

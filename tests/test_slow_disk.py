@@ -95,14 +95,15 @@ def test_the_best_waits_its_turn_and_only_the_newest_of_them(tmp_path: Path, dis
     notes: list[str] = []
     made = Checkpointer(tmp_path, 1, notes.append)
     made.save(make_state(1), 1, None)
-    for step in (2, 3):
+    assert not made.save(make_state(2), 2, None)
+    for step in (3, 4):
         state = make_state(step)
         assert made.save(state, step, best=step)
         state["progress"]["step"] = 99  # what is saved is what was there then
-    assert not made.save(make_state(4), 4, best=3)
+    assert not made.save(make_state(5), 5, best=4)
     until_written(made, disk)
-    assert steps_in(tmp_path) == [3]
-    assert_same(load(tmp_path / "best.pt"), make_state(3))
+    assert steps_in(tmp_path) == [4]
+    assert_same(load(tmp_path / "best.pt"), make_state(4))
     assert made.overdue
     assert len(notes) == 1
 
