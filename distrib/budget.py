@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from distrib.faults import StopSignals
 
 MARGIN = 20.0  # seconds for what cannot be measured: what comes after the last save
-SAVE_GUESS = 10.0  # seconds, until one was measured
+SAVE_GUESS = 10.0  # seconds for the first
 DECAY = 0.9  # a slow step counts for some steps
 SLURM_END = "SLURM_JOB_END_TIME"  # seconds since 1970
 
@@ -65,6 +65,8 @@ class Budget:
 
     def step(self, to_evaluation: int) -> None:
         """A step is done; the next evaluation comes ``to_evaluation`` steps later (0: now)."""
+        if self._end == math.inf:
+            return
         now = time.monotonic()
         self._pace = max(now - self._mark, DECAY * self._pace)
         self._mark = now
@@ -81,5 +83,5 @@ class Budget:
 
     def _ask(self, more: float) -> None:
         seconds = self._saving() if self._saving is not None else None
-        saves = 2 * (SAVE_GUESS if seconds is None else seconds)
+        saves = SAVE_GUESS if seconds is None else 2 * seconds
         self._stop.at(self._end - MARGIN - saves - (self._lag + 1) * self._pace - more, self._reason)

@@ -48,7 +48,7 @@ def budget(asked: Asked, lag: int = 2, saving: float | None = None) -> Budget:
 def test_it_asks_in_time_for_what_was_measured() -> None:
     asked = Asked()
     made = budget(asked)
-    assert asked.before_end == pytest.approx(MARGIN + 2 * SAVE_GUESS, abs=0.05)
+    assert asked.before_end == pytest.approx(MARGIN + SAVE_GUESS, abs=0.05)
     made = budget(asked, saving=60.0)
     assert asked.before_end == pytest.approx(MARGIN + 120, abs=0.05)
     made.resume()
