@@ -22,6 +22,7 @@ from typing import IO, Any, cast
 import torch
 
 from distrib.config import UserError
+from distrib.finite import spoilt
 from distrib.layout.folders import patiently
 
 LAST, BEST = "last.pt", "best.pt"  # links to two of the files; what a run continues from is found without them
@@ -82,6 +83,22 @@ def newest_valid(folder: Path, notify: Callable[[str], None]) -> Path | None:
     return None
 
 
+def newest_good(folder: Path, notify: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that verifies and was saved while the loss was a number; its tensors are looked at too."""
+    for step in steps_in(folder):
+        path = path_for(folder, step)
+        try:
+            fault = verify(path)
+            saved = load(path) if fault is None else {}
+        except (OSError, UserError) as error:
+            fault, saved = str(error), {}
+        if fault is not None:
+            notify(f"checkpoint {path} is damaged and passed over: {fault}")
+        elif saved["progress"]["finite"] and spoilt(saved) is None:
+            return path
+    return None
+
+
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Loads a checkpoint's tensors and plain values; never code.
 
@@ -126,6 +143,9 @@ def check_room(folder: Path, needed: int = 0) -> None:
 class Checkpointer:
     """Saves into one folder. Only the rank that writes makes one; ``save`` returns after the copy to host memory.
 
+    What holds a value that is no number is not saved: a run that went on from it could not recover. The thread looks at
+    its copy in host memory, so the training does not wait for it.
+
     ``writer`` is unique to this start and part of the temporary files' names, so that nothing of two writers is ever
     mixed; ``owned`` says before each commit whether the folder is still ours. A save that fails (a full disk) is
     reported by ``notify`` and leaves the older files as they are.
@@ -154,8 +174,8 @@ class Checkpointer:
             with contextlib.suppress(OSError):
                 left.unlink()
 
-    def save(self, state: dict[str, Any], step: int, best: int | None) -> None:
-        """Takes a copy of ``state`` and writes it in the background; keeps the last ``keep`` files and step ``best``.
+    def save(self, state: dict[str, Any], step: int, best: int | None, good: int | None = None) -> None:
+        """Takes a copy of ``state`` and writes it in the background; keeps the last ``keep`` files, ``best``, ``good``.
 
         Waits first where the previous save is still being written: two at a time would only slow each other.
         """
@@ -169,6 +189,9 @@ class Checkpointer:
             if copied is not None:
                 copied.synchronize()
             path = path_for(self._folder, step)
+            if (where := spoilt(snapshot)) is not None:
+                self._notify(f"checkpoint {path} was not saved: {where} holds a value that is no number (NaN)")
+                return
             try:
                 commit(snapshot, path, self._writer, self._owned)
                 self._saved = step
@@ -181,7 +204,7 @@ class Checkpointer:
                 self._link(LAST, step)
                 if best is not None:
                     self._link(BEST, best)
-                self._retire(step, best)
+                self._retire(step, (best, good))
 
         self._thread = threading.Thread(target=write, name="checkpoint", daemon=False)
         self._thread.start()
@@ -204,10 +227,10 @@ class Checkpointer:
                 partial.symlink_to(target.name)  # relative: the folder may be moved
                 os.replace(partial, link)
 
-    def _retire(self, newest: int, best: int | None) -> None:
+    def _retire(self, newest: int, kept: tuple[int | None, ...]) -> None:
         older = [step for step in steps_in(self._folder) if step < newest]
         for step in older[self._keep - 1 :]:
-            if step != best:
+            if step not in kept:
                 with contextlib.suppress(OSError):  # it stays for the next time
                     path_for(self._folder, step).unlink()
 

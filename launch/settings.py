@@ -11,7 +11,7 @@ from distrib.layout import SPLITS, count_images
 from launch.paths import located
 
 # Other values come to the same result: how often it is saved and told, where indexes lie, what the machine is like.
-FREE = ("log.", "checkpoint.", "trace", "data.index_dir", "data.wait_minutes")
+FREE = ("log.", "checkpoint.", "trace", "train.check_replicas", "data.index_dir", "data.wait_minutes")
 MACHINE = (
     "data.workers", "data.prefetch", "data.decoder", "data.hw_decoder_load", "data.preallocate", "train.compile",
 )  # fmt: skip

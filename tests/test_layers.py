@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # fmt: off
 LAYERS = (
     ("train", "distrib.tools", "distrib.__main__"),
-    ("distrib.trained",),
+    ("distrib.rescue", "distrib.trained"),
     (
         "distrib.alike",
         "distrib.engine",
@@ -27,7 +27,7 @@ LAYERS = (
         "distrib.words",
     ),
     ("distrib.data", "distrib.models", "distrib.optim", "distrib.augment"),
-    ("distrib.runtime", "distrib.entry", "distrib.program"),
+    ("distrib.finite", "distrib.runtime", "distrib.entry", "distrib.program"),
     ("distrib.lease",),
     ("distrib.faults", "distrib.jsonl", "distrib.jobs"),
     ("distrib.layout", "distrib.place", "distrib.surroundings"),
