@@ -62,8 +62,12 @@ def verify(path: Path) -> str | None:
     return None if b"%08x" % found == written else "it does not match its checksum"
 
 
-def newest_valid(folder: Path, notify: Callable[[str], None]) -> Path | None:
+def newest_valid(
+    folder: Path, notify: Callable[[str], None], accepts: Callable[[dict[str, Any]], bool] | None = None
+) -> Path | None:
     """The newest checkpoint that verifies; says which newer ones it passed over and why.
+
+    ``accepts`` looks at what it holds, where more is asked of it.
 
     Raises:
         UserError: one cannot be read, perhaps only now: to go on from an older one would lose what it holds.
@@ -74,28 +78,14 @@ def newest_valid(folder: Path, notify: Callable[[str], None]) -> Path | None:
             path = path_for(folder, step)
             fault = patiently(verify, path)
             if fault is None:
-                return path
+                if accepts is None or accepts(load(path)):
+                    return path
+                continue
             notify(f"checkpoint {path} is damaged and passed over: {fault}")
     except OSError as error:
         raise UserError(
             f"cannot read {path}: {error.strerror}: start again when it can be read, or move it away"
         ) from None
-    return None
-
-
-def newest_good(folder: Path, notify: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that verifies and was saved while the loss was a number; its tensors are looked at too."""
-    for step in steps_in(folder):
-        path = path_for(folder, step)
-        try:
-            fault = verify(path)
-            saved = load(path) if fault is None else {}
-        except (OSError, UserError) as error:
-            fault, saved = str(error), {}
-        if fault is not None:
-            notify(f"checkpoint {path} is damaged and passed over: {fault}")
-        elif saved["progress"]["finite"] and spoilt(saved) is None:
-            return path
     return None
 
 

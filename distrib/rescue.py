@@ -21,6 +21,7 @@ from distrib.checkpoint import Checkpointer
 from distrib.config import TrainConfig
 from distrib.engine.state import TrainState
 from distrib.faults import DIVERGED, Failure
+from distrib.finite import spoilt
 from distrib.metrics import Skips
 from distrib.runtime import Runtime
 
@@ -36,7 +37,7 @@ class Trouble:
     rollbacks: int = 0
     futile: int = 0  # of them since a checkpoint was saved behind which there was training again
     since: int = 0  # the step of the last one
-    good: int | None = None  # the newest checkpoint that was saved while the loss was a number
+    good: int | None = None  # the newest checkpoint that was saved while all was well
 
     def __post_init__(self) -> None:
         if isinstance(self.skips, dict):  # as a checkpoint has it
@@ -44,9 +45,9 @@ class Trouble:
 
     def saving(self, step: int, finite: bool) -> None:
         """A checkpoint after ``step`` steps is about to be saved."""
-        if finite:
+        if finite and self.skips.row == 0:
             self.good = step
-            if step > self.since and self.skips.row == 0:
+            if step > self.since:
                 self.futile = 0
 
 
@@ -105,7 +106,7 @@ class Rescue:
     def _find(self) -> Path | None:
         if self._checkpointer is not None:
             self._checkpointer.wait()  # what is being written may be the one
-        return checkpoint.newest_good(self._folder, self._notify)
+        return checkpoint.newest_valid(self._folder, self._notify, is_good)
 
     @staticmethod
     def _diverged(step: int, reason: str) -> Failure:
@@ -115,3 +116,10 @@ class Rescue:
             everywhere=True,
             code=DIVERGED,
         )
+
+
+def is_good(saved: dict[str, Any]) -> bool:
+    """Whether a checkpoint was saved while the loss was a number, behind a step that was taken, and holds numbers."""
+    progress = saved["progress"]
+    row = Trouble(**progress.get("trouble", {})).skips.row  # none in files of before 2026-11-28
+    return progress["finite"] and row == 0 and spoilt(saved) is None

@@ -141,10 +141,11 @@ def digest(folder: Path) -> dict[str, str]:
     """SHA-256 of each part of the final checkpoint: weights, buffers, EMA, optimizer, ranks' statistics."""
     saved = torch.load(newest_checkpoint(folder), weights_only=True)
     assert saved["progress"]["step"] == 60
-    return {part: _sha(saved[part]) for part in ("model", "model_ema", "optimizer", "statistics", "scaler")}
+    return {part: sha(saved[part]) for part in ("model", "model_ema", "optimizer", "statistics", "scaler")}
 
 
-def _sha(value: Any) -> str:
+def sha(value: Any) -> str:
+    """SHA-256 of all tensors and values in nested containers."""
     state = hashlib.sha256()
 
     def walk(inner: Any) -> None:
