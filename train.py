@@ -50,6 +50,7 @@ from distrib.checkpoint import Checkpointer, check_room
 from distrib.config import Config, UserError, settled
 from distrib.data import EvalPlan, Loader, TrainPlan, build_loader, make_plans, open_data
 from distrib.engine.evaluate import Evaluator
+from distrib.engine.guard import Guard
 from distrib.engine.prepare import (
     DTYPES,
     Objective,
@@ -59,6 +60,7 @@ from distrib.engine.prepare import (
     warm_up,
     wrap,
 )
+from distrib.engine.replicas import Replicas
 from distrib.engine.state import TrainState
 from distrib.engine.step import TrainStep
 from distrib.faults import Agreement, exchange_interval
@@ -73,6 +75,7 @@ from distrib.mirror import Mirror, newest_of_both
 from distrib.models import build_model
 from distrib.optim import Ema, build_optimizer, build_schedule, freeze, peak_lr
 from distrib.preflight import is_wanted, preflight
+from distrib.rescue import Rescue, Trouble
 from distrib.restarts import count_start, forget_starts
 from distrib.runtime import Runtime, leave, start
 from distrib.store import open_store
@@ -95,8 +98,13 @@ class Progress:
     best_step: int | None = None
     best_top1: float = -1.0
     finite: bool = True  # whether the last logged loss was a number
+    trouble: Trouble = field(default_factory=Trouble)
     seconds: float = 0.0  # of training, over all starts
     wandb_id: str = field(default_factory=new_run_id)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.trouble, dict):  # as a checkpoint has it
+            self.trouble = Trouble(**self.trouble)
 
 
 @dataclass
@@ -115,6 +123,8 @@ class Run:
     loader: Loader
     state: TrainState
     step: TrainStep
+    rescue: Rescue
+    replicas: Replicas
     evaluator: Evaluator
     checkpointer: Checkpointer | None  # on the rank that writes
     schedule: Callable[[int], float]
@@ -122,6 +132,7 @@ class Run:
     data: str  # fingerprint of the training images
     classes: list[str] | None  # their names, in the order of the labels; None for synthetic data
     progress: Progress
+    told_of_skips: bool  # or nobody need be told
     unsaved: bool = False  # whether this start has done anything that the checkpoint it began with does not hold
     last_words: str = ""  # to be said when the logs are closed, below a terminal's bar and what W&B says
 
@@ -129,7 +140,9 @@ class Run:
         """Trains to the end, or to the step at which all ranks agree to stop; returns what to report."""
         config, progress = self.config, self.progress
         agreement = Agreement(self.runtime.control)
-        meter = TrainMeter(self.runtime, self.plan, self.total_steps, progress.seconds, self.step.names)
+        meter = TrainMeter(
+            self.runtime, self.plan, self.total_steps, progress.seconds, self.step.names, progress.trouble.skips
+        )
         trace = Trace(self.folder.trace, self.plan, self.log.warning) if config.trace else None
         timer = SaveTimer(config.checkpoint.every_minutes)
         stream = self.loader.train(self.plan, progress.step, self.total_steps)
@@ -156,11 +169,13 @@ class Run:
             meter.add(*result)
             progress.step += 1
             self.watchdog.beat(progress.step, TRAINING)
+            self.replicas.after(progress.step)
             self.log.progress("train", progress.step, self.total_steps)
             if trace is not None:
                 trace.step(progress.step, batches, result.loss, result.gradient_norm)
             if progress.step % config.log.every_steps == 0:
                 self.log_records(meter.close_interval(progress.step, lr))
+            went_back = self.went_back(meter, lr)
 
             self.budget.step(self.steps_to_evaluation())
             overdue = self.checkpointer is not None and self.checkpointer.overdue
@@ -170,7 +185,7 @@ class Run:
                 stopping = not self.evaluate(agreement)
                 save = save or progress.best_step == progress.step
                 meter.resume()
-            if save or stopping or self.saved_after(progress.step):
+            if save or stopping or went_back or self.saved_after(progress.step):
                 self.flush_and_save(meter, lr, last=stopping or progress.step == self.total_steps)
                 agreement.answer()
                 timer.restart()
@@ -245,6 +260,27 @@ class Run:
         self.log_records([{"kind": "eval", "step": progress.step, "epoch": epoch, **result, **best}])
         return True
 
+    def went_back(self, meter: TrainMeter, lr: float) -> bool:
+        """Goes back to a good checkpoint's weights where steps without a number do not stop; whether it did.
+
+        Raises:
+            Failure: that does not help; the summary says so.
+        """
+        progress, trouble = self.progress, self.progress.trouble
+        if progress.step % self.config.log.every_steps or progress.step == self.total_steps:
+            return False
+        if not self.rescue.due(trouble, progress.finite):
+            return False
+        self.log_records(meter.flush(progress.step, lr))  # nothing of the time before may be read later
+        try:
+            self.rescue.go_back(trouble, progress.step)
+        except Failure:
+            self.runtime.on_main(lambda: self.write_summary("diverged", meter.images_per_second))
+            raise
+        meter.skips.forget_row()
+        progress.finite = True
+        return True
+
     def stop_without_data(self, meter: TrainMeter, lr: float) -> bool:
         """Saves before a step whose data did not come. Alone: other ranks wait within that step by now.
 
@@ -272,16 +308,22 @@ class Run:
         While rank 0 still writes, it passes over what is not the ``last`` of this start, and asks for it later.
         """
         self.watchdog.beat(self.progress.step, SAVE)
+        self.replicas.compare(self.progress.step)
+        self.progress.trouble.saving(self.progress.step, self.progress.finite)
         state = self.state.capture()
         if self.checkpointer is not None:
             config = self.config.model_dump(mode="json")
             header = {"progress": asdict(self.progress), "config": config, "data": self.data, "classes": self.classes}
-            self.checkpointer.save({**header, **state}, self.progress.step, self.progress.best_step, last)
+            good, best, step = self.progress.trouble.good, self.progress.best_step, self.progress.step
+            self.checkpointer.save({**header, **state}, step, best, last, good)
 
     def log_records(self, records: Sequence[dict[str, object]]) -> None:
-        """Logs what is ready, and warns at the first loss that is no number."""
+        """Logs what is ready, and warns at the first step that was passed over and the first loss that is no number."""
         for record in records:
             self.log.record(record)
+            if (count := record.get("skipped")) is not None and not self.told_of_skips:
+                self.told_of_skips = True
+                self.log.warning(words.skipped(int(str(count)), record["step"]))
             finite = math.isfinite(float(str(record["loss"])))
             if self.progress.finite and not finite:
                 self.log.warning(words.not_finite(record["loss"], record["step"]))
@@ -295,19 +337,14 @@ class Run:
         saved = self.checkpointer.wait()
         self.lease.held()
         self.lease.check()
-        if self.unsaved and saved != progress.step:
+        diverged = not stopping and not progress.finite
+        if self.unsaved and saved != progress.step and not diverged:  # weights that are no numbers are not saved
             self.log.message(f"step {progress.step} could not be saved; the newest checkpoint is older", "error")
             return FAILED
         forget_starts(self.folder.faults)
-        diverged = not stopping and not progress.finite
         status = "stopped" if stopping else "diverged" if diverged else "finished"
-        if self.unsaved or self.folder.summary() is None:
-            try:
-                digest = {"sha256": self.checkpointer.sha256(progress.step)}
-                self.folder.write_summary(self.summary(status, images_per_second) | digest)
-            except OSError as error:
-                self.log.message(f"cannot write summary.json: {error.strerror}; the rest is saved", "error")
-                return FAILED
+        if (self.unsaved or self.folder.summary() is None) and not self.write_summary(status, images_per_second):
+            return FAILED
         if stopping:
             self.last_words = (
                 f"{STOP.received or 'another rank'}: stopped at step {progress.step}, everything is saved\n"
@@ -332,6 +369,16 @@ class Run:
             file = link
         best = progress.best_step, progress.best_top1, file
         return words.finished(progress.result, progress.step, classes, best, self.folder.path, not self.unsaved)
+
+    def write_summary(self, status: str, images_per_second: float) -> bool:
+        """Whether it could be written."""
+        try:
+            digest = {"sha256": self.checkpointer.sha256(self.progress.step) if self.checkpointer else None}
+            self.folder.write_summary(self.summary(status, images_per_second) | digest)
+        except OSError as error:
+            self.log.message(f"cannot write summary.json: {error.strerror}; the rest is saved", "error")
+            return False
+        return True
 
     def summary(self, status: str, images_per_second: float) -> dict[str, object]:
         """What ``summary.json`` says."""
@@ -483,6 +530,9 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
             log.warning(f"the loss was no number any more when {newest.name} was saved; {words.REMEDY}")
         if progress.step == plan.length(before["epochs"], before["steps"]) < total_steps:
             log.message(words.lengthened(total_steps, schedule(progress.step), newest))
+    rescue = Rescue(
+        config.train, folder.checkpoints, runtime, state, checkpointer, scaled=scaler.is_enabled(), notify=log.warning
+    )
     batch, clip = plan.global_batch, config.train.clip_grad_norm
     layers = dict(network.named_parameters()) if config.log.layers else None
     step = TrainStep(
@@ -495,6 +545,7 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
         global_batch=batch,
         clip_grad_norm=clip,
         layers=layers,
+        guard=Guard(optimizer, network),
     )
     return Run(
         config=config,
@@ -509,6 +560,8 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
         loader=loader,
         state=state,
         step=step,
+        rescue=rescue,
+        replicas=Replicas(network, optimizer, ema, runtime, config.train.check_replicas),
         evaluator=Evaluator(objective, ["model", "ema"] if ema else ["model"], compiled),
         checkpointer=checkpointer,
         schedule=schedule,
@@ -516,6 +569,7 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
         data=data,
         classes=names,
         progress=progress,
+        told_of_skips=scaler.is_enabled() or progress.trouble.skips.total > 0,  # a loss scaler skips as it searches
     )
 
 

@@ -16,7 +16,7 @@ import shutil
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
@@ -24,6 +24,7 @@ import torch
 
 from distrib.config import UserError
 from distrib.digest import digest
+from distrib.finite import spoilt
 from distrib.layout.folders import patiently
 
 LAST, BEST = "last.pt", "best.pt"  # links to two of the files; what a run continues from is found without them
@@ -47,10 +48,10 @@ def steps_in(folder: Path) -> list[int]:
     return sorted((int(m[1]) for name in os.listdir(folder) if (m := PATTERN.match(name))), reverse=True)
 
 
-def superseded(steps: Iterable[int], newest: int, keep: int, best: int | None) -> list[int]:
-    """Which of ``steps`` are not kept when ``newest`` has been saved: the last ``keep`` are, and ``best``."""
+def superseded(steps: Iterable[int], newest: int, keep: int, others: Collection[int | None]) -> list[int]:
+    """Which of ``steps`` are not kept when ``newest`` has been saved: the last ``keep`` are, and ``others``."""
     older = sorted((step for step in steps if step < newest), reverse=True)
-    return [step for step in older[keep - 1 :] if step != best]
+    return [step for step in older[keep - 1 :] if step not in others]
 
 
 def verify(path: Path) -> str | None:
@@ -70,8 +71,12 @@ def verify(path: Path) -> str | None:
     return None if b"%08x" % found == written else "it does not match its checksum"
 
 
-def newest_valid(folder: Path, notify: Callable[[str], None]) -> Path | None:
+def newest_valid(
+    folder: Path, notify: Callable[[str], None], accepts: Callable[[dict[str, Any]], bool] | None = None
+) -> Path | None:
     """The newest checkpoint that verifies; says which newer ones it passed over and why.
+
+    ``accepts`` looks at what it holds, where more is asked of it.
 
     Raises:
         UserError: one cannot be read, perhaps only now: to go on from an older one would lose what it holds.
@@ -82,7 +87,9 @@ def newest_valid(folder: Path, notify: Callable[[str], None]) -> Path | None:
             path = path_for(folder, step)
             fault = patiently(verify, path)
             if fault is None:
-                return path
+                if accepts is None or accepts(load(path)):
+                    return path
+                continue
             notify(f"checkpoint {path} is damaged and passed over: {fault}")
     except OSError as error:
         raise UserError(
@@ -151,6 +158,9 @@ class Checkpointer:
     The training never waits for a slow disk: what falls due while a file is being written is passed over, told once,
     and ``overdue`` says when it can be made up for. Only the copy of the best waits its turn, one at most.
 
+    What holds a value that is no number is not saved: a run that went on from it could not recover. The thread looks at
+    its copy in host memory, so the training does not wait for it.
+
     ``writer`` is unique to this start and part of the temporary files' names, so that nothing of two writers is ever
     mixed; ``owned`` says before each commit whether the folder is still ours. A save that fails (a full disk) is
     reported by ``notify`` and leaves the older files as they are.
@@ -193,8 +203,10 @@ class Checkpointer:
         """Whether a save that was passed over can be made now."""
         return self._owed and self._writing is None
 
-    def save(self, state: dict[str, Any], step: int, best: int | None, last: bool = False) -> bool:
-        """Takes a copy of ``state`` and writes it in the background; keeps the last ``keep`` files and step ``best``.
+    def save(
+        self, state: dict[str, Any], step: int, best: int | None, last: bool = False, good: int | None = None
+    ) -> bool:
+        """Takes a copy of ``state`` and writes it in the background; keeps the last ``keep`` files, ``best``, ``good``.
 
         Returns whether it did: not where another is still being written. If this is the best it is copied all the same,
         and written next; if it is the ``last`` of a start, the others are waited for. The last one's digest is taken
@@ -224,6 +236,9 @@ class Checkpointer:
             if copied is not None:
                 copied.synchronize()
             path = path_for(self._folder, step)
+            if (where := spoilt(snapshot)) is not None:
+                self._notify(f"checkpoint {path} was not saved: {where} holds a value that is no number (NaN)")
+                return
             try:
                 commit(snapshot, path, self._writer, self._owned)
                 self._saved = step
@@ -239,7 +254,7 @@ class Checkpointer:
                     self._link(BEST, best)
                 if self._second is not None:
                     self._second.offer(path, step, best)
-                self._retire(step, best)
+                self._retire(step, best, good)
             if last:
                 self._sha256 = step, digest(snapshot)
 
@@ -314,10 +329,12 @@ class Checkpointer:
             with contextlib.suppress(OSError):
                 partial.unlink()  # else it would be in the way of the next
 
-    def _retire(self, newest: int, best: int | None) -> None:
+    def _retire(self, newest: int, best: int | None, good: int | None) -> None:
         with contextlib.suppress(OSError):
             there = steps_in(self._folder)
-            for step in superseded(there, newest, self._keep, best):
+            # The save of ``good`` may have been passed over: then the one before it is what there is to go back to.
+            good = max((step for step in there if good is not None and step <= good), default=None)
+            for step in superseded(there, newest, self._keep, (best, good)):
                 if self._second is None or not self._second.reads(step):
                     with contextlib.suppress(OSError):  # it stays for the next time
                         path_for(self._folder, step).unlink()

@@ -202,6 +202,12 @@ class TrainConfig(Part):
     """Part of the target that is spread over all classes."""
     clip_grad_norm: PositiveFloat | None = None
     """Largest norm of the gradient."""
+    skip_limit: NonNegativeInt = 10
+    """Steps in a row without a number for a gradient, that are passed over; after more, back to a checkpoint."""
+    rollback_limit: NonNegativeInt = 3
+    """How often to go back, without a good checkpoint between, before the run ends as diverged."""
+    check_replicas: PositiveInt | None = None
+    """Compare all ranks' weights bit by bit after so many steps, and before each save; null: never."""
     eval_every_epochs: PositiveFloat = 1
     """How often to evaluate."""
     hang_minutes: PositiveFloat | Auto | None = "auto"

@@ -56,8 +56,9 @@ TRAIN_FIELDS = (
     ("lr", "lr {:.3g}"),
     ("images_per_second", "{:.0f} img/s"),
     ("data_wait", "wait {:.0%}"),
+    ("skipped", "{} skipped"),
 )
-BAR_FIELDS = (*TRAIN_FIELDS[:-1], ("data_wait", "data wait {:.0%}"))  # below the bar there is room
+BAR_FIELDS = (*TRAIN_FIELDS[:-2], ("data_wait", "data wait {:.0%}"), TRAIN_FIELDS[-1])  # below the bar there is room
 EVAL_FIELDS = (
     ("epoch", "epoch {:.2f}/{epochs:g}"),
     ("kind", "{}"),

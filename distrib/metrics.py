@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,49 @@ from distrib.faults import Interrupted
 from distrib.runtime import Runtime
 
 
+@dataclass
+class Skips:
+    """Steps that were passed over, as far as intervals were read. All ranks have the same numbers."""
+
+    total: int = 0
+    row: int = 0  # of them, one after the other, up to the last step that was read
+    longest: int = 0  # the longest such row since somebody last set this to 0
+
+
+class SkipCount:
+    """Counts steps that are passed over where the verdict is, on the device."""
+
+    def __init__(self, skips: Skips, device: torch.device) -> None:
+        """``skips``: what there was before; ``read`` adds to it."""
+        self._skips = skips
+        self._interval = self._longest = torch.zeros((), dtype=torch.float64, device=device)
+        self._row = torch.full_like(self._interval, skips.row)
+
+    def add(self, skipped: torch.Tensor) -> None:
+        """Counts a step: bool []."""
+        self._interval = self._interval + skipped
+        self._row = (self._row + 1) * skipped
+        self._longest = torch.maximum(self._longest, self._row)
+
+    def close_interval(self) -> torch.Tensor:
+        """The interval's numbers, float64 [3], to be given to ``read`` when they are on the host."""
+        numbers = torch.stack([self._interval, self._row, self._longest])
+        self._interval = self._longest = torch.zeros_like(self._row)
+        return numbers
+
+    def read(self, numbers: Sequence[float]) -> int:
+        """Takes an interval's numbers into ``skips``; returns how many of its steps were passed over."""
+        count, self._skips.row, longest = (round(number) for number in numbers)
+        self._skips.total += count
+        self._skips.longest = max(self._skips.longest, longest)
+        return count
+
+    def forget_row(self) -> None:
+        """The next step begins a new row. What is still to be read must have been."""
+        self._row = torch.zeros_like(self._row)
+        self._skips.row = self._skips.longest = 0
+
+
 class TrainMeter:
     """Collects an interval's numbers, and reads them one interval later, when a GPU has long been there.
 
@@ -20,13 +64,21 @@ class TrainMeter:
     """
 
     def __init__(
-        self, runtime: Runtime, plan: TrainPlan, total_steps: int, before: float = 0.0, layers: Sequence[str] = ()
+        self,
+        runtime: Runtime,
+        plan: TrainPlan,
+        total_steps: int,
+        before: float = 0.0,
+        layers: Sequence[str] = (),
+        skips: Skips | None = None,
     ) -> None:
-        """``layers``: the names that belong to ``add``'s ``gradient_norms``."""
+        """``layers``: the names that belong to ``add``'s ``gradient_norms``. ``skips`` is kept up to date."""
         self._runtime, self._plan, self._total = runtime, plan, total_steps
         self._layers = tuple(layers)
         self._before = before  # seconds trained by earlier starts of this run
         self._loss, self._right = self._zeros()
+        self._last_loss = self._loss
+        self.skips = SkipCount(Skips() if skips is None else skips, runtime.device)
         self._gradient_norm: torch.Tensor | None = None
         self._gradient_norms: torch.Tensor | None = None
         self._posted: Callable[[], dict[str, Any]] | None = None
@@ -53,11 +105,17 @@ class TrainMeter:
         right: torch.Tensor,
         gradient_norm: torch.Tensor | None = None,
         gradient_norms: torch.Tensor | None = None,
+        skipped: torch.Tensor | None = None,
     ) -> None:
         """Counts one step: this rank's summed loss [], how many images it had right [], the gradient's norm [].
 
-        ``gradient_norms``: the norm of each layer's gradient [layers].
+        ``gradient_norms``: the norm of each layer's gradient [layers]. ``skipped``: whether the step was passed over,
+        bool []: then it counts as such alone.
         """
+        self._last_loss = loss
+        if skipped is not None:
+            self.skips.add(skipped)
+            loss, right = loss.masked_fill(skipped, 0), right.masked_fill(skipped, 0)
         self._loss += loss
         self._right += right
         self._gradient_norm, self._gradient_norms = gradient_norm, gradient_norms
@@ -75,6 +133,8 @@ class TrainMeter:
 
         On a GPU that is the interval before, which is there without a wait; on a CPU this one too. ``gradient_norm``
         stands in a record whose last step measured it, on all ranks or on none; ``gradient_norms`` likewise.
+        ``skipped`` stands where steps were passed over: how many. Loss and top-1 are of the others; where there are
+        none, the loss is the last step's, and top-1 no number.
         """
         records = self._posted_records()
         images = self._steps * self._plan.global_batch
@@ -88,25 +148,30 @@ class TrainMeter:
             "eta_seconds": (self._total - step) * self._busy / self._steps,
         }
         waited = torch.tensor(self._wait / self._busy, dtype=torch.float64).to(self._runtime.device, non_blocking=True)
+        skips = self.skips.close_interval()
+        taken = images - skips[0] * self._plan.global_batch
+        last_loss = self._last_loss.double() / self._plan.global_batch
         sums = {
-            "loss": self._loss / images,
-            "top1": 100 * self._right / images,
+            "loss": torch.where(taken > 0, self._loss / taken, last_loss),
+            "top1": 100 * self._right / taken,
             "data_wait": waited / self._runtime.world,
         }
         if self._gradient_norm is not None:  # equal on all ranks
             sums["gradient_norm"] = self._gradient_norm.double() / self._runtime.world
-        numbers, layers = torch.stack(list(sums.values())), self._layers
+        parts, layers = [torch.stack(list(sums.values())), skips / self._runtime.world], self._layers
         if self._gradient_norms is None:
             layers = ()
-        else:  # in the same transfer
-            numbers = torch.cat([numbers, self._gradient_norms.double() / self._runtime.world])
-        read = self._runtime.sum_later(numbers)
+        else:
+            parts.append(self._gradient_norms.double() / self._runtime.world)
+        read = self._runtime.sum_later(torch.cat(parts))  # all in one transfer
 
         def resolve() -> dict[str, Any]:
-            values = read().tolist()
-            record = {**known, **dict(zip(sums, values[: len(sums)], strict=True))}
+            values, end = read().tolist(), len(sums) + len(skips)
+            record = {**known, **dict(zip(sums, values, strict=False))}
+            if count := self.skips.read(values[len(sums) : end]):
+                record["skipped"] = count
             if layers:
-                record["gradient_norms"] = dict(zip(layers, values[len(sums) :], strict=True))
+                record["gradient_norms"] = dict(zip(layers, values[end:], strict=True))
             return record
 
         self._posted = resolve

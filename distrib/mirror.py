@@ -201,7 +201,7 @@ class Mirror:
         if not self._cleared:
             self._settle()
         self._store.put(path, self._name(step))
-        for old in superseded(self._steps(), step, self._keep, best):
+        for old in superseded(self._steps(), step, self._keep, (best,)):
             self._store.remove(self._name(old))
 
     def _fetch(self, step: int, folder: Path) -> Path | None:

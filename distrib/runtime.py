@@ -126,7 +126,14 @@ class Runtime:
 
     def sum_later(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Starts to sum ``tensor`` over all ranks and to bring it to the host; the returned call waits for it."""
-        work = dist.all_reduce(tensor, async_op=True) if self.world > 1 else None
+        return self._reduce_later(tensor, dist.ReduceOp.SUM)
+
+    def max_later(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """As ``sum_later``, for the largest of all ranks."""
+        return self._reduce_later(tensor, dist.ReduceOp.MAX)
+
+    def _reduce_later(self, tensor: torch.Tensor, op: Any) -> Callable[[], torch.Tensor]:
+        work = dist.all_reduce(tensor, op, async_op=True) if self.world > 1 else None
         if self.device.type != "cuda":
 
             def wait() -> torch.Tensor:

@@ -75,6 +75,14 @@ def not_finite(loss: object, step: object) -> str:
     return f"the loss is {loss} at step {step}: nothing is learnt any more; {REMEDY}"
 
 
+def skipped(count: int, step: object) -> str:
+    """For the first steps that were passed over."""
+    return (
+        f"{count} {'step' if count == 1 else 'steps'} up to step {step} had a gradient or a loss that is no number and "
+        "left nothing behind: weights, momentum, average and statistics are those of before"
+    )
+
+
 def finished(
     result: Mapping[str, float],
     step: int,

@@ -13,7 +13,8 @@ from launch.paths import located
 # Other values come to the same result: how often it is saved and told, how long it may take, where indexes lie,
 # what the machine is like.
 FREE = (
-    "log.", "checkpoint.", "trace", "data.index_dir", "data.wait_minutes", "train.hang_minutes", "train.max_minutes",
+    "log.", "checkpoint.", "trace", "data.index_dir", "data.wait_minutes", "train.check_replicas", "train.hang_minutes",
+    "train.max_minutes",
 )  # fmt: skip
 MACHINE = (
     "data.workers", "data.prefetch", "data.decoder", "data.hw_decoder_load", "data.preallocate", "train.compile",

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # fmt: off
 LAYERS = (
     ("train", "distrib.tools", "distrib.__main__"),
-    ("distrib.trained", "distrib.mirror"),
+    ("distrib.mirror", "distrib.rescue", "distrib.trained"),
     (
         "distrib.alike",
         "distrib.budget",
@@ -31,7 +31,7 @@ LAYERS = (
         "distrib.words",
     ),
     ("distrib.data", "distrib.models", "distrib.optim", "distrib.augment", "distrib.digest"),
-    ("distrib.runtime", "distrib.entry", "distrib.program"),
+    ("distrib.runtime", "distrib.entry", "distrib.finite", "distrib.program"),
     ("distrib.lease", "distrib.store"),
     ("distrib.faults", "distrib.jsonl", "distrib.jobs"),
     ("distrib.layout", "distrib.parent", "distrib.place", "distrib.surroundings"),

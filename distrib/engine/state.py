@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from distrib.finite import all_finite
 from distrib.optim import Ema, fill_momentum
 from distrib.runtime import Runtime
 
@@ -66,6 +67,11 @@ class TrainState:
             "optimizer": self._optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
         }
+
+    def is_finite(self) -> bool:
+        """Whether the weights of all ranks are numbers. All ranks must call it; the host waits for the device."""
+        wrong = ~all_finite(list(self._model.parameters()))
+        return not self._runtime.sum(wrong.double())
 
     @torch.no_grad()
     def restore(self, saved: Mapping[str, Any]) -> None:

@@ -23,9 +23,29 @@ class Ema:
         self._live = [live[k].detach() for k in self.average]  # the same storage: updates in place show here
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Moves the average towards the model, in a few launches for all tensors together."""
-        torch._foreach_lerp_(self._average, self._live, self._step_size)
+    def update(self, skip: torch.Tensor | None = None) -> None:
+        """Moves the average towards the model, in a few launches for all tensors together.
+
+        ``skip``: fp32 [] on the device; 1 leaves the average as it is, and the host need not know.
+        """
+        if skip is None:
+            torch._foreach_lerp_(self._average, self._live, self._step_size)
+            return
+        # foreach has no launch that depends on a value of the device, and the fused optimizer has: with the model for a
+        # gradient, average - lr · (model + decay · average) is the same move where decay is -1 and lr negative.
+        torch._fused_sgd_(
+            self._average,
+            self._live,
+            [],
+            weight_decay=-1.0,
+            momentum=0.0,
+            lr=-self._step_size,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+            is_first_step=False,
+            found_inf=skip,
+        )
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The average under the model's own keys; counters are the model's."""
