@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import signal
@@ -144,28 +143,6 @@ def digest(folder: Path) -> dict[str, str]:
     saved = torch.load(newest_checkpoint(folder), weights_only=True)
     assert saved["progress"]["step"] == 60
     return distrib.digest.digest(saved)
-
-
-def sha(value: Any) -> str:
-    """SHA-256 of all tensors and values in nested containers."""
-    state = hashlib.sha256()
-
-    def walk(inner: Any) -> None:
-        if isinstance(inner, torch.Tensor):
-            state.update(f"{inner.dtype}{tuple(inner.shape)}".encode())
-            state.update(inner.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        elif isinstance(inner, dict):
-            for key in sorted(inner, key=str):
-                state.update(str(key).encode())
-                walk(inner[key])
-        elif isinstance(inner, list | tuple):
-            for item in inner:
-                walk(item)
-        else:
-            state.update(repr(inner).encode())
-
-    walk(value)
-    return state.hexdigest()
 
 
 def trace(folder: Path, procs: int) -> list[list[dict[str, Any]]]:
