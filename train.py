@@ -36,10 +36,8 @@ import contextlib
 import math
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -49,6 +47,7 @@ from distrib.budget import Budget, find_end
 from distrib.checkpoint import Checkpointer, check_room
 from distrib.config import Config, UserError, settled
 from distrib.data import EvalPlan, Loader, TrainPlan, build_loader, make_plans, open_data
+from distrib.due import Due
 from distrib.engine.evaluate import Evaluator
 from distrib.engine.guard import Guard
 from distrib.engine.prepare import (
@@ -64,47 +63,24 @@ from distrib.engine.replicas import Replicas
 from distrib.engine.state import TrainState
 from distrib.engine.step import TrainStep
 from distrib.faults import Agreement, exchange_interval
-from distrib.folder import RunFolder, check_checkpoint, check_resumable
+from distrib.folder import RunFolder
 from distrib.follow import follow, keep
-from distrib.jsonl import cut_back
 from distrib.layout import SYNTHETIC_CLASSES
 from distrib.lease import Lease
-from distrib.log import ConsoleSink, JsonlSink, Log, WandbSink, new_run_id
+from distrib.log import ConsoleSink, JsonlSink, Log, WandbSink
 from distrib.metrics import SaveTimer, TrainMeter
-from distrib.mirror import Mirror, newest_of_both
+from distrib.mirror import Mirror
 from distrib.models import build_model
 from distrib.optim import Ema, build_optimizer, build_schedule, freeze, peak_lr
 from distrib.preflight import is_wanted, preflight
-from distrib.rescue import Rescue, Trouble
+from distrib.progress import Progress, find_checkpoint, find_progress, open_folder
+from distrib.rescue import Rescue
 from distrib.restarts import count_start, forget_starts
 from distrib.runtime import Runtime, leave, start
 from distrib.store import open_store
 from distrib.trace import Trace
 from distrib.watchdog import EVALUATION, SAVE, TRAINING, Watchdog, record_collectives, save_collectives
 from distrib.weights import checksum, load_weights
-
-Found = tuple[Path, dict[str, Any]]  # a checkpoint's file and what it holds
-
-SAVE_STEPS = 10  # between saves at the ends of epochs: with a batch as large as the data each step is one
-
-
-@dataclass
-class Progress:
-    """Where the run is. It lies in every checkpoint, so a restart begins with it."""
-
-    step: int = 0  # steps done
-    evaluated: int = 0  # the last of them after which the weights were evaluated
-    result: dict[str, float] = field(default_factory=dict)  # of that evaluation
-    best_step: int | None = None
-    best_top1: float = -1.0
-    finite: bool = True  # whether the last logged loss was a number
-    trouble: Trouble = field(default_factory=Trouble)
-    seconds: float = 0.0  # of training, over all starts
-    wandb_id: str = field(default_factory=new_run_id)
-
-    def __post_init__(self) -> None:
-        if isinstance(self.trouble, dict):  # as a checkpoint has it
-            self.trouble = Trouble(**self.trouble)
 
 
 @dataclass
@@ -128,6 +104,7 @@ class Run:
     evaluator: Evaluator
     checkpointer: Checkpointer | None  # on the rank that writes
     schedule: Callable[[int], float]
+    due: Due
     total_steps: int
     data: str  # fingerprint of the training images
     classes: list[str] | None  # their names, in the order of the labels; None for synthetic data
@@ -164,7 +141,7 @@ class Run:
                 stopping = self.stop_without_data(meter, lr)
                 break
             self.unsaved = True
-            measure = trace is not None or self.record_due(progress.step + 1)
+            measure = trace is not None or self.due.record(progress.step + 1)
             result = self.step(batches, progress.step, lr, measure_norm=measure)
             meter.add(*result)
             progress.step += 1
@@ -173,11 +150,11 @@ class Run:
             self.log.progress("train", progress.step, self.total_steps)
             if trace is not None:
                 trace.step(progress.step, batches, result.loss, result.gradient_norm)
-            if progress.step % config.log.every_steps == 0:
+            if self.due.interval(progress.step):
                 self.log_records(meter.close_interval(progress.step, lr))
             went_back = self.went_back(meter, lr)
 
-            self.budget.step(self.steps_to_evaluation())
+            self.budget.step(self.due.to_evaluation(progress.step))
             overdue = self.checkpointer is not None and self.checkpointer.overdue
             stopping, save = agreement.exchange(stop=STOP.requested(), save=timer.due or overdue)
             if self.eval_due() and not stopping:
@@ -185,7 +162,7 @@ class Run:
                 stopping = not self.evaluate(agreement)
                 save = save or progress.best_step == progress.step
                 meter.resume()
-            if save or stopping or went_back or self.saved_after(progress.step):
+            if save or stopping or went_back or self.due.save(progress.step):
                 self.flush_and_save(meter, lr, last=stopping or progress.step == self.total_steps)
                 agreement.answer()
                 timer.restart()
@@ -214,29 +191,7 @@ class Run:
 
     def eval_due(self) -> bool:
         """Whether the weights as they are now are to be evaluated and were not."""
-        return self.evaluated_after(self.progress.step) and self.progress.evaluated < self.progress.step
-
-    def evaluated_after(self, step: int) -> bool:
-        """Whether the weights are to be evaluated after so many steps."""
-        every = self.plan.steps_in(self.config.train.eval_every_epochs)
-        return step % every == 0 or step == self.total_steps
-
-    def steps_to_evaluation(self) -> int:
-        """How many steps are left before the next one; 0 where it is due now."""
-        every = self.plan.steps_in(self.config.train.eval_every_epochs)
-        return min(-self.progress.step % every, self.total_steps - self.progress.step)
-
-    def record_due(self, step: int) -> bool:
-        """Whether a training record is to end with this step; a stop or another save may end one earlier."""
-        return step % self.config.log.every_steps == 0 or self.evaluated_after(step) or self.saved_after(step)
-
-    def saved_after(self, step: int) -> bool:
-        """Whether there is one of the regular saves after so many steps."""
-        cfg = self.config.checkpoint
-        each_epoch = self.plan.steps_in(cfg.every_epochs) if cfg.every_epochs is not None else None
-        if each_epoch is not None:
-            each_epoch *= -(-SAVE_STEPS // each_epoch)  # a whole number of them
-        return step == self.total_steps or any(n is not None and step % n == 0 for n in (cfg.every_steps, each_epoch))
+        return self.due.evaluation(self.progress.step) and self.progress.evaluated < self.progress.step
 
     def evaluate(self, agreement: Agreement) -> bool:
         """Evaluates the weights as they are now; False where a request to stop cut it short."""
@@ -267,7 +222,7 @@ class Run:
             Failure: that does not help; the summary says so.
         """
         progress, trouble = self.progress, self.progress.trouble
-        if progress.step % self.config.log.every_steps or progress.step == self.total_steps:
+        if not self.due.interval(progress.step) or progress.step == self.total_steps:
             return False
         if not self.rescue.due(trouble, progress.finite):
             return False
@@ -494,15 +449,12 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
         wandb = WandbSink(config.wandb, progress.wandb_id, config.run.name, folder.path, values, facts, warn)
         log = Log([console, JsonlSink(folder.metrics, warn, lease.held), wandb])
     runtime.barrier()  # the traces are cut; the ranks may open them
-    patience = config.train.hang_minutes, config.data.wait_minutes
     lag = 2 * exchange_interval(runtime.world)  # steps until all ranks have heard of a stop
     stacks, act = folder.faults / f"rank_{runtime.rank:05d}.txt", partial(save_collectives, folder.faults, runtime.rank)
-    watchdog = Watchdog(stacks, progress.step, *patience, lag, act)
+    watchdog = Watchdog(stacks, progress.step, config.train.hang_minutes, config.data.wait_minutes, lag, act)
     leaving.callback(watchdog.close)
+    end = find_end(config.train.max_minutes, since, os.environ) if runtime.is_main else None  # its watch is all's
     saving = (lambda: checkpointer.seconds) if checkpointer is not None else None
-    end = (
-        find_end(config.train.max_minutes, since, os.environ) if saving is not None else None
-    )  # rank 0's watch is all's
 
     for line in words.resolved(asked.config, config, runtime, plan, precision, lr, network):
         log.message(line)
@@ -565,6 +517,7 @@ def build(asked: Start, leaving: contextlib.ExitStack) -> Run:
         evaluator=Evaluator(objective, ["model", "ema"] if ema else ["model"], compiled),
         checkpointer=checkpointer,
         schedule=schedule,
+        due=Due(config, plan, total_steps),
         total_steps=total_steps,
         data=data,
         classes=names,
@@ -583,65 +536,6 @@ def check_network(config: Config) -> None:
         network = build_model(config.model.model_copy(update={"num_classes": 1}))
     if config.optim.freeze is not None:
         freeze(network, config.optim.freeze)
-
-
-def find_checkpoint(runtime: Runtime, folder: RunFolder, mirror: Mirror | None, needed: bool, log: Log) -> Found | None:
-    """The newest valid checkpoint, of the folder or its mirror, and what it holds.
-
-    Raises:
-        UserError: it cannot be read or is none of this trainer's, or there is none and one is ``needed``.
-    """
-    newest = runtime.on_main(lambda: newest_of_both(mirror, folder.checkpoints, log.warning))
-    if newest is not None:
-        return newest, runtime.on_each(lambda: check_checkpoint(checkpoint.load(newest), newest))
-    if needed:
-        raise UserError(f"--resume must: {folder.checkpoints} holds no checkpoint: see run.dir and run.name")
-    return None
-
-
-def find_progress(found: Found | None, config: Config, data: str, total_steps: int, log: Log) -> Progress:
-    """Where the run is.
-
-    Raises:
-        UserError: the checkpoint is another run's, or has more steps than are asked for.
-    """
-    if found is None:
-        return Progress()
-    newest, saved = found
-    check_resumable(saved, config, data, newest, log.message)
-    progress = Progress(**saved["progress"])
-    if progress.step > total_steps:
-        raise UserError(
-            f"train.epochs or train.steps ask for {total_steps} steps, but {newest} has {progress.step} already: "
-            "raise them, or choose another run.name"
-        )
-    return progress
-
-
-def open_folder(
-    folder: RunFolder,
-    lease: Lease | None,
-    mirror: Mirror | None,
-    config: Config,
-    step: int,
-    state_bytes: int,
-    warn: Callable[[str], None],
-) -> Checkpointer:
-    """Makes the run folder ready to go on from ``step``. Rank 0 only.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    assert lease is not None
-    keep = config.checkpoint.keep
-    made = Checkpointer(folder.checkpoints, keep, warn, lease.token, lease.held, state_bytes, mirror)
-    folder.write_config(config)
-    try:
-        for file in (folder.metrics, *folder.trace.glob("*.jsonl")):
-            cut_back(file, step)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder.path}: {error.strerror}: make room, or set run.dir") from None
-    return made
 
 
 def main(start: Start) -> int:

@@ -191,7 +191,7 @@ class Checkpointer:
         self._owed = False  # a save was passed over, and none was begun since
         self._told = False  # that saves are passed over, until one begins when it is due
         self._saved: int | None = None  # the newest step that is on disk by this object's doing
-        self._sha256: tuple[int, dict[str, str]] | None = None  # of the last save of all, and its step
+        self._last: tuple[int, dict[str, Any]] | None = None  # step and state of the last save of all
         self.seconds: float | None = None  # what the longest save took, from the call to the disk
         check_room(folder, needed)
         for left in folder.glob(f"*{TEMPORARY}"):  # a save that was killed
@@ -209,8 +209,7 @@ class Checkpointer:
         """Takes a copy of ``state`` and writes it in the background; keeps the last ``keep`` files, ``best``, ``good``.
 
         Returns whether it did: not where another is still being written. If this is the best it is copied all the same,
-        and written next; if it is the ``last`` of a start, the others are waited for. The last one's digest is taken
-        when it is on disk, from the copy in memory.
+        and written next; if it is the ``last`` of a start, the others are waited for.
         """
         if last:
             self.wait()
@@ -239,15 +238,11 @@ class Checkpointer:
             if (where := spoilt(snapshot)) is not None:
                 self._notify(f"checkpoint {path} was not saved: {where} holds a value that is no number (NaN)")
                 return
-            try:
-                commit(snapshot, path, self._writer, self._owned)
-                self._saved = step
-                self.seconds = max(self.seconds or 0.0, time.monotonic() - began)
-            except Exception as error:  # whatever it is: it must not cost the saves to come
-                told = str((isinstance(error, OSError) and error.strerror) or error)
-                reason = told.splitlines()[0] if told else type(error).__name__
-                self._notify(f"checkpoint {path} was not saved: {reason}; the run and older checkpoints go on")
-                return
+            commit(snapshot, path, self._writer, self._owned)
+            self._saved = step
+            self.seconds = max(self.seconds or 0.0, time.monotonic() - began)
+            if last:
+                self._last = step, snapshot
             if self._owned():
                 self._link(LAST, step)
                 if best is not None:
@@ -255,8 +250,6 @@ class Checkpointer:
                 if self._second is not None:
                     self._second.offer(path, step, best)
                 self._retire(step, best, good)
-            if last:
-                self._sha256 = step, digest(snapshot)
 
         with self._lock:
             self._next = step, write  # in the place of a best that is none any more
@@ -291,8 +284,8 @@ class Checkpointer:
             UserError: the file cannot be read.
         """
         self.wait()
-        if self._sha256 is not None and self._sha256[0] == step:
-            return self._sha256[1]
+        if self._last is not None and self._last[0] == step:
+            return digest(self._last[1])  # of the copy in memory
         path = path_for(self._folder, step)
         return digest(load(path)) if path.exists() else None
 
@@ -310,7 +303,14 @@ class Checkpointer:
                 self._writing = None if due is None else due[0]
             if due is None:
                 return
-            due[1]()
+            step, write = due
+            try:
+                write()
+            except Exception as error:  # whatever it is: it must not cost the saves to come
+                told = str((isinstance(error, OSError) and error.strerror) or error)
+                reason = told.splitlines()[0] if told else type(error).__name__
+                path = path_for(self._folder, step)
+                self._notify(f"checkpoint {path} was not saved: {reason}; the run and older checkpoints go on")
 
     def _partial(self, name: str) -> Path:
         return self._folder / f"{name}.{self._writer}{TEMPORARY}"

@@ -87,8 +87,13 @@ enter() { # as docker run does: the entrypoint and the words
 says() { # whether a line of what the words print is of this pattern
   local pattern=$1 said
   shift
-  said=$(enter "$@") # not through a pipe, which grep would close while buildah writes
-  grep --quiet -e "$pattern" <<< "$said"
+  for _ in 1 2 3; do # on a busy machine buildah was seen to lose what a process says that ends at once
+    said=$(enter "$@") # not through a pipe, which grep would close while buildah writes
+    grep --quiet -e "$pattern" <<< "$said" && return
+  done
+  echo "no line like $pattern in what this says: $*"
+  echo "$said"
+  return 1
 }
 
 look() {

@@ -14,12 +14,14 @@ ROOT = Path(__file__).resolve().parent.parent
 # fmt: off
 LAYERS = (
     ("train", "distrib.tools", "distrib.__main__"),
+    ("distrib.progress",),
     ("distrib.mirror", "distrib.rescue", "distrib.trained"),
     (
         "distrib.alike",
         "distrib.budget",
         "distrib.engine",
         "distrib.checkpoint",
+        "distrib.due",
         "distrib.folder",
         "distrib.log",
         "distrib.metrics",
