@@ -139,7 +139,7 @@ def flip(self, batches, step, lr, measure_norm=False):
     if os.environ.get("RANK") == "1" and step == 11 and not done.exists():
         done.touch()
         with torch.no_grad():
-            self._parameters[0].view(-1).view(torch.int32)[0] ^= 1
+            self._parameters[-1].view(torch.int32)[0] ^= 1 << 20
     return call(self, batches, step, lr, measure_norm)
 
 TrainStep.__call__ = flip
@@ -153,7 +153,7 @@ def test_a_flipped_bit_ends_the_run_before_it_is_saved(tmp_path: Path, monkeypat
     words += ["train.check_replicas=4", "checkpoint.every_steps=5", "train.eval_every_epochs=100"]
     process = runs.begin(2, folder, *words)
     printed = runs.finish(process)
-    assert process.returncode == 1
+    assert process.returncode == 1, printed
     (line,) = [line for line in printed.splitlines() if line.startswith("error: ")]
     assert "after step 12 the weights" in line
     assert "rank 0 on" in line

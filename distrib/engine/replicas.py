@@ -137,11 +137,15 @@ def checksum(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _mixed(words: torch.Tensor, place: int) -> torch.Tensor:
-    """int32 [n] → int32 [n], in place; each step can be undone, and products wrap around."""
+    """int32 [n] → int32 [n], in place: MurmurHash3's last round (Appleby), in which each bit reaches all others.
+
+    Each of its steps can be undone; products wrap around.
+    """
     places = torch.arange(place, place + words.numel(), dtype=torch.int32, device=words.device)
     words ^= places.mul_(-1640531527)  # 2^32 divided by the golden ratio (Knuth): neighbours lie far apart
-    for factor, shift in ((-2048144789, 15), (-1028477379, 16)):  # the odd factors of xxHash's last round
-        words *= factor
+    for shift, factor in ((16, -2048144789), (13, -1028477387), (16, 1)):
         high = words >> shift
         words ^= high.bitwise_and_((1 << (32 - shift)) - 1)  # int32 shifts its sign in
+        if factor != 1:
+            words *= factor
     return words
