@@ -33,7 +33,7 @@ Entries = Iterator[tuple[str, Any]]
 def digest(state: Mapping[str, Any]) -> dict[str, str]:
     """SHA-256 in hexadecimal, by "weights", "buffers", "optimizer" and, where there is one, "ema".
 
-    Costs a pass over the state, and a copy of one tensor at a time where it is channels-last or on a GPU.
+    Costs a pass over the state, and room for a copy of one tensor at a time.
     """
     model: Mapping[str, Any] = state["model"]
     ema = state.get("model_ema", state.get("ema"))  # "ema": in files of before 2026-11-25
@@ -68,7 +68,7 @@ def _sha256(entries: Entries) -> str:
     for name, value in sorted(entries, key=lambda entry: entry[0]):
         if isinstance(value, torch.Tensor):
             found.update(f"{name} {str(value.dtype).removeprefix('torch.')} {list(value.shape)}\n".encode())
-            rows = value.detach().cpu().contiguous()
+            rows = value.detach().cpu().clone(memory_format=torch.contiguous_format)  # of one element also the strides
             found.update(rows.reshape(-1).view(torch.uint8).numpy().data)  # bytes: numpy has no bfloat16
         else:
             found.update(f"{name} {value.hex() if isinstance(value, float) else value}\n".encode())

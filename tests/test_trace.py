@@ -21,7 +21,7 @@ from distrib.checkpoint import Checkpointer, commit, path_for
 from distrib.config import UserError
 from distrib.digest import digest
 from distrib.faults import Interrupted
-from distrib.tools.trace.__main__ import diff
+from distrib.tools.trace.__main__ import diff, print_hashes
 
 STEPS = 30
 SHORT = [f"train.steps={STEPS}"]
@@ -30,7 +30,7 @@ SHORT = [f"train.steps={STEPS}"]
 def distrib_trace(*words: str | Path) -> tuple[int, str, str]:
     """Exit code, and what was printed to stdout and stderr."""
     command = [sys.executable, "-m", "distrib", "trace", *map(str, words)]
-    done = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True, timeout=runs.TIMEOUT, check=False)
     assert "Traceback" not in done.stderr
     return done.returncode, done.stdout, done.stderr
 
@@ -128,21 +128,26 @@ def test_kill_9_and_a_restart_leave_no_difference(trained: Callable[..., Path], 
     assert f"state after step {STEPS}: weights, buffers, optimizer, ema alike" in printed
 
 
-def test_hashes_are_those_of_the_summary(trained: Callable[..., Path], tmp_path: Path) -> None:
+def test_hashes_are_those_of_the_summary(
+    trained: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     summary = json.loads((trained("one") / "summary.json").read_text())["sha256"]
     file = runs.newest_checkpoint(trained("one"))
-    for source in (trained("one"), file):
-        code, printed, told = distrib_trace("hash", source)
-        assert (code, dict(line.split() for line in printed.splitlines())) == (0, summary)
-        assert told == f"{file}\n"
+    code, printed, told = distrib_trace("hash", trained("one"))
+    assert (code, dict(line.split() for line in printed.splitlines()), told) == (0, summary, f"{file}\n")
     damaged = tmp_path / "damaged.pt"
     saved = torch.load(file, weights_only=True)
     saved["model"]["fc.weight"][0, 0] += 1
     torch.save(saved, damaged)
-    code, printed, told = distrib_trace("hash", damaged)
-    found = dict(line.split() for line in printed.splitlines())
-    assert (code, [part for part in found if found[part] != summary[part]]) == (0, ["weights"])
-    assert told.startswith(f"warning: {damaged}: it does not match its checksum\n")
+    for path, other, remark in (
+        (file, [], ""),
+        (damaged, ["weights"], f"warning: {damaged}: it does not match its checksum\n"),
+    ):
+        print_hashes(path)
+        printed, told = capsys.readouterr()
+        found = dict(line.split() for line in printed.splitlines())
+        assert [part for part in summary if found[part] != summary[part]] == other
+        assert told == f"{remark}{path}\n"
 
 
 # What is hashed
@@ -225,7 +230,7 @@ def test_another_program_can_do_the_same() -> None:
     state = {
         "model": {
             "fc.weight": torch.tensor([[1.0, 2.0], [3.0, 4.0]]).T,
-            "bn.weight": torch.tensor([0.5], dtype=torch.bfloat16),
+            "bn.weight": torch.tensor([0.5, 9.0], dtype=torch.bfloat16)[::2],
             "bn.running_mean": torch.tensor([-0.0]),
             "bn.num_batches_tracked": torch.tensor(3),
         },
@@ -416,17 +421,25 @@ def test_a_stop_ends_a_comparison(tmp_path: Path) -> None:
 
 def test_mistakes_are_one_line_and_code_2(tmp_path: Path) -> None:
     a, b = write(tmp_path / "a", {0: whole(1, 3)}), write(tmp_path / "b", {0: whole(4, 4)})
-    untraced, foreign = tmp_path / "untraced", tmp_path / "weights.pth"
+    untraced = tmp_path / "untraced"
     untraced.mkdir()
-    torch.save({"fc.weight": torch.ones(1)}, foreign)
     for words, said in (
         (("diff", a, untraced), f"{untraced} has no trace: train with trace=true"),
         (("diff", tmp_path / "none", a), f"there is no run folder {tmp_path / 'none'}"),
         (("diff", a, b), f"the runs have no traced step in common: A ({a}) has steps 1 to 3, B ({b}) has steps 4"),
         (("diff", a), "the following arguments are required: RUN_B (distrib trace diff --help shows the options)"),
-        (("hash", a), f"{a / 'checkpoints'} holds no checkpoint"),
-        (("hash", tmp_path / "none"), f"there is no {tmp_path / 'none'}"),
-        (("hash", foreign), f"{foreign} is no checkpoint of this trainer"),
     ):
-        code, printed, told = distrib_trace(*words)
-        assert (code, printed, told.splitlines()[-1]) == (2, "", f"error: {said}")
+        assert distrib_trace(*words) == (2, "", f"error: {said}\n")
+
+
+def test_what_is_no_checkpoint_is_not_hashed(tmp_path: Path) -> None:
+    foreign = tmp_path / "weights.pth"
+    torch.save({"fc.weight": torch.ones(1)}, foreign)
+    for source, said in (
+        (tmp_path, f"{tmp_path / 'checkpoints'} holds no checkpoint"),
+        (tmp_path / "none", f"there is no {tmp_path / 'none'}"),
+        (foreign, f"{foreign} is no checkpoint of this trainer"),
+    ):
+        with pytest.raises(UserError) as raised:
+            print_hashes(source)
+        assert str(raised.value) == said
