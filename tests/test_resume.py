@@ -99,6 +99,29 @@ def test_every_stop_signal_saves_and_exits_75(name: str, tmp_path: Path) -> None
     assert int(runs.newest_checkpoint(folder).stem[5:]) == runs.steps_traced(folder)
 
 
+def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run"
+    runs.change(
+        tmp_path,
+        monkeypatch,
+        "import time\n"
+        "from distrib.engine.step import TrainStep\n"
+        "ordinary = TrainStep.__call__\n"
+        "TrainStep.__call__ = lambda self, batches, step, *rest, **named: "
+        "(time.sleep(600 if step == 20 else 0), ordinary(self, batches, step, *rest, **named))[1]\n",
+    )
+    process = runs.begin(1, folder)
+    runs.wait_until(lambda: runs.steps_traced(folder) == 20, process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.5)  # sooner it would be the same one, pressed long
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    printed = runs.finish(process)
+    assert process.returncode == 1
+    assert "interrupted twice" in printed
+    assert runs.newest_checkpoint(folder).name == "step_00000020.pt"
+
+
 def test_a_signal_before_the_first_step_is_not_lost(tmp_path: Path) -> None:
     process = runs.begin(1, tmp_path / "run")
     time.sleep(0.7)  # in the middle of importing torch
