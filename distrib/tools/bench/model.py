@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from distrib.config import Config, ModelConfig, TrainConfig, UserError
 from distrib.data import Batch, TrainPlan
+from distrib.engine.guard import Guard
 from distrib.engine.prepare import DTYPES, Objective, effective_precision, set_up_device, wrap
 from distrib.engine.step import TrainStep
 from distrib.models import build_model
@@ -118,7 +119,8 @@ def ours(args: argparse.Namespace, runtime: Runtime, precision: str, compiled: b
     call, ddp = wrap(objective, TrainConfig(compile=compiled), runtime)
     optimizer = build_optimizer(network, config.optim, LR)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    step = TrainStep(call, ddp, optimizer, scaler, None, world=1, global_batch=args.batch)
+    guard = Guard(optimizer, network)
+    step = TrainStep(call, ddp, optimizer, scaler, None, world=1, global_batch=args.batch, guard=guard)
     images = torch.randint(256, (args.batch, 3, args.size, args.size), dtype=torch.uint8, device=device)
     labels = torch.randint(1000, (args.batch,), device=device)
     ids = TrainPlan(args.batch, args.batch, seed=0).slices(0)[0].ids
