@@ -461,6 +461,14 @@ def test_the_best_of_before_goes_when_there_is_a_better_one(tmp_path: Path) -> N
     assert steps_in(tmp_path) == [7, 6, 4]
 
 
+def test_the_one_to_go_back_to_stays_where_a_later_good_one_was_passed_over(tmp_path: Path) -> None:
+    checkpointer = Checkpointer(tmp_path, keep=1, notify=fail(AssertionError()))
+    for step, good in ((1, 1), (2, 2), (4, 3), (5, 3), (6, 6)):  # the save of step 3 was passed over
+        checkpointer.save({}, step, None, good=good)
+        checkpointer.wait()
+        assert steps_in(tmp_path) == {1: [1], 2: [2], 4: [4, 2], 5: [5, 2], 6: [6]}[step]
+
+
 def test_another_start_counts_what_is_there(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         commit({}, path_for(tmp_path, step))

@@ -212,11 +212,15 @@ def test_what_is_no_number_is_not_saved_and_good_ones_stay(tmp_path: Path) -> No
         trouble = {"skips": {"row": row}}
         return {"progress": {"finite": finite, "trouble": trouble}, "model": {"w": torch.tensor([value])}}
 
-    saver.save(state(True, 1.0), 10, None, good=10)
-    saver.save(state(False, 2.0), 20, None, good=10)
-    saver.save(state(True, 3.0, row=1), 30, None, good=10)
-    saver.save(state(True, NAN), 40, None, good=40)
-    assert saver.wait() == 30
+    for step, values, good in (
+        (10, state(True, 1.0), 10),
+        (20, state(False, 2.0), 10),
+        (30, state(True, 3.0, row=1), 10),
+        (40, state(True, NAN), 40),
+    ):
+        saver.save(values, step, None, good=good)
+        kept = saver.wait()
+    assert kept == 30
     assert checkpoint.steps_in(tmp_path) == [30, 10]
     (line,) = told
     assert "step_00000040.pt was not saved: model/w holds a value that is no number" in line
@@ -244,7 +248,7 @@ def faulty(self, batches, step, lr, measure_norm=False):
             return loss * float("nan"), right
         self._call = spoil
     if {missing}:
-        return StepResult(torch.tensor(0.0), torch.tensor(0), skipped=torch.tensor(True))
+        return StepResult(torch.tensor(0.0), torch.tensor(0), torch.tensor(float("nan")), skipped=torch.tensor(True))
     try:
         return call(self, batches, step, lr, measure_norm)
     finally:
