@@ -162,12 +162,13 @@ class Watchdog:
         """Writes the line above the stacks that may come, in the place of the last one: C code cannot write it."""
         if self._base is None:
             return
-        text = (
-            f"{MARK}{time.strftime('%Y-%m-%dT%H:%M:%S%z')} host {platform.node()}, process {os.getpid()}, "
-            f"step {step}, {phase}, limit {limit:.0f} s"
-        )
+        text = f"{MARK}{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {_who()}, step {step}, {phase}, limit {limit:.0f} s"
         with contextlib.suppress(OSError):
             os.pwrite(self._fd, text.encode(errors="replace")[: HEAD - 1].ljust(HEAD - 1) + b"\n", self._base)
+
+
+def _who() -> str:
+    return f"host {platform.node()}, process {os.getpid()}"
 
 
 def _open(file: Path) -> tuple[int, int | None]:
@@ -189,6 +190,9 @@ def _close(file: Path, fd: int, base: int | None) -> None:
     if base is None:
         return
     with contextlib.suppress(OSError):
+        if _who().encode() not in os.pread(fd, HEAD, base):  # a successor's by now, who watches: this one was replaced
+            os.close(fd)
+            return
         os.ftruncate(fd, base)
         os.close(fd)
         if base == 0:

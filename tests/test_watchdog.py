@@ -80,6 +80,16 @@ def test_stacks_of_earlier_starts_stay_and_lines_without_stacks_go(tmp_path: Pat
     assert file.read_text() == earlier
 
 
+def test_one_that_was_replaced_leaves_its_successors_file(tmp_path: Path) -> None:
+    """As on a node that was cut off while its job was queued again, and comes back."""
+    file = tmp_path / "faults" / "rank_00000.txt"
+    watchdog = Watchdog(file, 3, "auto", 10)
+    other = "=== 2026-11-27T10:00:00+0000 host node17, process 4242, step 5, training, limit 900 s"
+    file.write_text(f"{other:<199}\n")  # who comes later takes the line of one without stacks
+    watchdog.close()
+    assert file.read_text().startswith(other)
+
+
 def test_no_watch_leaves_no_file(tmp_path: Path) -> None:
     watchdog = Watchdog(tmp_path / "faults" / "rank_00000.txt", 0, None, 10)
     watchdog.beat(1, TRAINING)

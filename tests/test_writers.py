@@ -85,6 +85,12 @@ def test_a_killed_holders_folder_is_taken_over(tmp_path: Path, undisturbed: Path
     assert runs.digest(folder) == runs.digest(undisturbed)
 
 
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Of a run's files, but for those that each start has its own of: traces, and the watchdog's, which it removes."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.parent.name not in ("trace", "faults"))
+    return {path: path.read_bytes() for path in files}
+
+
 def test_a_holder_that_comes_back_after_it_was_replaced_writes_nothing_more(tmp_path: Path) -> None:
     """As on a node that was cut off while its job was queued again."""
     folder = tmp_path / "run"
@@ -92,13 +98,13 @@ def test_a_holder_that_comes_back_after_it_was_replaced_writes_nothing_more(tmp_
     runs.wait_until(lambda: runs.steps_traced(folder) >= 3, process)
     process.send_signal(signal.SIGSTOP)
     elsewhere(folder, 0)
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.parent.name != "trace"}
+    before = contents(folder)
     process.send_signal(signal.SIGCONT)
     printed = runs.finish(process)
     assert process.returncode == 1, printed
     assert f"error: {folder} was taken over by process {process.pid} on node17" in printed
     assert "Traceback" not in printed
-    after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.parent.name != "trace"}
+    after = contents(folder)
     # What was on its way to the disk when the process stood still: nobody can look and write in one.
     left = {path for path in after if path.name.endswith(".partial")}
     metrics = folder / "metrics.jsonl"
