@@ -30,7 +30,11 @@ from distrib.surroundings import same_command, settle
 
 # Before torch, which reads the environment, and which --help, --print-config and mistakes do not need.
 settle()
-START = read_start(sys.argv[1:]) if __name__ == "__main__" else None
+try:
+    START = read_start(sys.argv[1:]) if __name__ == "__main__" else None
+except SystemExit:
+    STOP.ignore()  # said is said: torchrun ends those that are not the first to leave
+    raise
 
 import contextlib
 import math
